@@ -1,0 +1,34 @@
+"""The one family of errors that a user's mistake or a damaged file raises; the command prints each as one line."""
+
+from __future__ import annotations
+
+
+class CuveeError(Exception):
+    """A mistake that its user can mend.
+
+    Args:
+        what: what is wrong, one line.
+        where: the file, `file:line`, tensor or flag it is wrong in.
+        mend: what to do about it, one line.
+    """
+
+    def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.mend = what, where, mend
+
+    def __str__(self) -> str:
+        line = f"{self.where}: {self.what}" if self.where else self.what
+        line = f"{line}; {self.mend}" if self.mend else line
+        return " ".join(line.split())
+
+
+class CheckpointError(CuveeError):
+    """A checkpoint that cannot be read: missing, truncated, lying about itself, unsafe or of an unknown form."""
+
+
+class RecipeError(CuveeError):
+    """A recipe that says something impossible."""
+
+
+class MergeError(CuveeError):
+    """Inputs that cannot be merged with each other, or a result that cannot be written."""

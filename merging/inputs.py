@@ -1,0 +1,281 @@
+"""Inputs: what a merge method sees of one tensor — every model's values as a stream of chunks, and reductions over it.
+
+A method makes as many passes as it needs (`gram`, `cuts`, `total` …), then returns a `Final`: a function from a chunk to the
+merged values of that chunk. Nothing here knows whether the values come from a file, from memory or lie on a GPU, and
+no pass holds more than one chunk, whatever the size of the tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: A chunk's values: float32, on whatever device the kernels run (numpy or torch).
+Values: TypeAlias = Any
+CACHE_BYTES = 768 * 1024  # what one chunk of all models may take on the CPU: a second-level cache, with some room
+
+
+class Tensor(Protocol):
+    """One model's values of one tensor."""
+
+    def load(self, start: int, stop: int, values: Values, workspace: Workspace) -> bool:
+        """Fills `values` (stop − start,) with those elements as float32. False if any is NaN or infinite."""
+
+
+class NonFinite(Exception):
+    """A model's tensor holds NaN or infinity. `index` is the model's place, −1 the base's."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
+
+
+class Workspace:
+    """One worker's kernels and buffers, reused from tensor to tensor.
+
+    Args:
+        kernels: see `merging.kernels`.
+        capacity: floats in all that one chunk may take.
+    """
+
+    def __init__(self, kernels: Any, capacity: int = CACHE_BYTES // 4) -> None:
+        self.kernels, self.capacity = kernels, capacity
+        self._floats: Values = None
+        self._raw = np.empty(0, np.uint8)
+
+    def floats(self, count: int) -> Values:
+        """A flat buffer of at least `count` float32."""
+        if self._floats is None or len(self._floats) < count:
+            self._floats = self.kernels.empty((count,))
+        return self._floats
+
+    def raw(self, nbytes: int) -> NDArray[np.uint8]:
+        """A host buffer of exactly `nbytes` bytes."""
+        if len(self._raw) < nbytes:
+            self._raw = np.empty(max(nbytes, 1 << 18), np.uint8)
+        return self._raw[:nbytes]
+
+
+@dataclass
+class Chunk:
+    """Elements start … stop of one tensor. `models` (k, n) and `base` (n,) may be changed in place; `out` (n,) is free."""
+
+    start: int
+    stop: int
+    models: Values
+    base: Values | None
+    stack: Values  # (k + 1, n): the base, where there is one, above the models; else the models
+    out: Values
+
+    def deltas(self) -> Values:
+        """The task vectors θᵢ − θ₀ (k, n), computed in place of the models."""
+        self.models -= self.base
+        return self.models
+
+
+@dataclass(frozen=True)
+class Final:
+    """The last pass: `run` turns a chunk, made of whole rows of `columns` elements, into its merged values."""
+
+    run: Callable[[Chunk], Values]
+    columns: int = 1
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The k largest magnitudes of a vector: all above `threshold` (float32 bits), and the first `keep` of `ties` equal to it."""
+
+    threshold: int
+    keep: int
+    ties: int
+
+
+class Inputs:
+    """All models' values of one tensor.
+
+    Args:
+        workspace: the worker's buffers and kernels.
+        models: k ≥ 1 tensors.
+        base: the base's tensor, or None.
+        shape: of the tensor, the same for all.
+        key: from an index of a model to the key of its random stream for this tensor.
+        surveys: what the method's survey gathered over the whole model, a list with one array a stage.
+        whole_rows: chunks must hold whole rows, because an input is computed by rows (a LoRA correction).
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        models: Sequence[Tensor],
+        base: Tensor | None,
+        shape: tuple[int, ...],
+        key: Callable[[int], int],
+        surveys: Sequence[NDArray[Any]] = (),
+        whole_rows: bool = False,
+    ) -> None:
+        self.workspace, self.models, self.base, self.shape, self.key = workspace, models, base, shape, key
+        self.surveys = surveys
+        self.kernels = workspace.kernels
+        self.numel = math.prod(shape)
+        #: Length of a row: of the last dimension, and of all but the first (a filter's weights).
+        self.columns = shape[-1] if shape else 1
+        self.filter_size = math.prod(shape[1:]) if len(shape) > 1 else self.numel
+        self._whole_rows = whole_rows
+
+    # ---- passes ----
+
+    def chunks(self, columns: int = 1) -> Iterator[Chunk]:
+        """Goes over the tensor once, in order; every chunk holds whole rows of `columns` elements.
+
+        Raises:
+            NonFinite: a value is NaN or infinite.
+        """
+        columns = max(columns, self.columns if self._whole_rows else 1, 1)
+        has_base = self.base is not None
+        rows = len(self.models) + has_base
+        size = max(1, self.workspace.capacity // ((rows + 1) * columns)) * columns
+        buffer = self.workspace.floats(min(size, self.numel) * (rows + 1))
+        for start in range(0, self.numel, size):
+            stop = min(start + size, self.numel)
+            n = stop - start
+            stack = buffer[: rows * n].reshape(rows, n)
+            out = buffer[rows * n : (rows + 1) * n]
+            if self.base is not None and not self.base.load(start, stop, stack[0], self.workspace):
+                raise NonFinite(-1)
+            for index, model in enumerate(self.models):
+                if not model.load(start, stop, stack[index + has_base], self.workspace):
+                    raise NonFinite(index)
+            yield Chunk(start, stop, stack[int(has_base) :], stack[0] if has_base else None, stack, out)
+
+    def gram(self, deltas: bool = False, with_base: bool = False) -> NDArray[np.float64]:
+        """Inner products, in float64, of the models, of their task vectors, or of base and models: (k, k)."""
+        size = len(self.models) + with_base
+        total = np.zeros((size, size))
+        for chunk in self.chunks():
+            values = chunk.stack if with_base else chunk.deltas() if deltas else chunk.models
+            total += self.kernels.gram(values)
+        return total
+
+    def row_grams(self, columns: int, deltas: bool) -> NDArray[np.float64]:
+        """As `gram`, for each row of `columns` elements by itself: (k, k, rows)."""
+        parts = [
+            self.kernels.row_gram((c.deltas() if deltas else c.models).reshape(len(self.models), -1, columns), 2)
+            for c in self.chunks(columns)
+        ]
+        return np.concatenate(parts, axis=2) if parts else np.zeros((len(self.models), len(self.models), 0))
+
+    def column_grams(self, columns: int, deltas: bool) -> NDArray[np.float64]:
+        """As `gram`, for each column of the tensor seen as rows of `columns` elements: (k, k, columns)."""
+        total = np.zeros((len(self.models), len(self.models), columns))
+        for c in self.chunks(columns):
+            values = c.deltas() if deltas else c.models
+            total += self.kernels.row_gram(values.reshape(len(self.models), -1, columns), 1)
+        return total
+
+    def total(self, function: Callable[[Chunk], Any], columns: int = 1) -> Any:
+        """The sum over all chunks of what `function` returns (numbers or host arrays)."""
+        return sum((function(chunk) for chunk in self.chunks(columns)), start=0.0)
+
+    def cuts(
+        self, values: Callable[[Chunk], Sequence[Values]], largest: Sequence[Sequence[int]], columns: int = 1
+    ) -> list[list[Cut]]:
+        """Exact selection in two passes, without a sort: where to cut to keep the k largest magnitudes.
+
+        Args:
+            values: from a chunk to one float32 vector for each entry of `largest`; it may work in place.
+            largest: for each of the vectors, the ks, each between 0 and numel.
+            columns: as in `chunks`.
+        """
+        kernels = self.kernels
+        coarse = np.zeros((len(largest), 1 << 15), np.int64)
+        for chunk in self.chunks(columns):
+            for counts, vector in zip(coarse, values(chunk), strict=True):
+                counts += kernels.histogram(vector)
+        bins = [[coarse_bin(counts, k) for k in ks] for counts, ks in zip(coarse, largest, strict=True)]
+        fine = {(i, high): np.zeros(1 << 16, np.int64) for i, row in enumerate(bins) for high, _ in row}
+        for chunk in self.chunks(columns):
+            vectors = values(chunk)
+            for (i, high), counts in fine.items():
+                counts += kernels.fine_histogram(vectors[i], high)
+        return [[fine_cut(fine[i, high], high, rest) for high, rest in row] for i, row in enumerate(bins)]
+
+    # ---- final passes ----
+
+    def combine(self, weights: Sequence[float]) -> Final:
+        """Σ wᵢθᵢ."""
+        factors = self._vector(weights)
+
+        def run(chunk: Chunk) -> Values:
+            self.kernels.combine(factors, chunk.models, chunk.out)
+            return chunk.out
+
+        return Final(run)
+
+    def add_deltas(self, weights: Sequence[float]) -> Final:
+        """θ₀ + Σ wᵢτᵢ."""
+        factors = self._vector(weights)
+
+        def run(chunk: Chunk) -> Values:
+            self.kernels.combine(factors, chunk.deltas(), chunk.out)
+            chunk.out += chunk.base
+            return chunk.out
+
+        return Final(run)
+
+    def map(self, formula: Callable[..., Values]) -> Final:
+        """Elementwise: `formula(xp, base, models)`, base (n,) or None and models (k, n), in numpy or torch alike (`xp`)."""
+        return Final(lambda chunk: formula(self.kernels.xp, chunk.base, chunk.models))
+
+    def apply(self, final: Final) -> Iterator[tuple[Chunk, Values]]:
+        """Runs the last pass: each chunk and its merged values."""
+        for chunk in self.chunks(final.columns):
+            yield chunk, final.run(chunk)
+
+    def _vector(self, weights: Sequence[float]) -> Values:
+        return self.kernels.vector(weights)
+
+
+def coarse_bin(counts: NDArray[np.int64], k: int) -> tuple[int, int]:
+    """The bin (upper 15 bits of the magnitude) where the k-th largest lies, and which of that bin's largest it is."""
+    above = np.cumsum(counts[::-1])
+    position = int(np.searchsorted(above, max(k, 1)))
+    high = len(counts) - 1 - min(position, len(counts) - 1)
+    return high, k - int(above[position] - counts[high] if position < len(counts) else 0)
+
+
+def fine_cut(counts: NDArray[np.int64], high: int, k: int) -> Cut:
+    """The cut inside a bin, from the counts of the lower 16 bits; k = 0 keeps nothing."""
+    if k <= 0 or not counts.any():
+        return Cut(0x7FFFFFFF, 0, 0)
+    above = np.cumsum(counts[::-1])
+    position = int(np.searchsorted(above, k))
+    low = len(counts) - 1 - position
+    return Cut((high << 16) | low, k - int(above[position] - counts[low]), int(counts[low]))
+
+
+class Trim:
+    """Zeroes, in place and chunk by chunk in order, all but the magnitudes ranked inner … outer of a vector, largest first.
+
+    Ties at a cut go by position: the first count as larger. Holds how many ties are left; a pass starts at element 0.
+    """
+
+    def __init__(self, kernels: Any, outer: Cut, inner: Cut | None = None) -> None:
+        self._kernels, self._outer, self._inner = kernels, outer, inner
+        self._left_outer = self._left_inner = 0
+
+    def __call__(self, values: Values, start: int) -> None:
+        kernels, outer, inner = self._kernels, self._outer, self._inner
+        if start == 0:
+            self._left_outer, self._left_inner = outer.keep, inner.keep if inner else 0
+        kernels.keep_above(values, outer.threshold)
+        if inner:
+            kernels.drop_above(values, inner.threshold)
+        if outer.keep < outer.ties:
+            self._left_outer = kernels.split_ties(values, outer.threshold, self._left_outer, True)
+        if inner and inner.keep:
+            self._left_inner = kernels.split_ties(values, inner.threshold, self._left_inner, False)

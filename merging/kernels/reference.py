@@ -1,0 +1,192 @@
+"""The chunk kernels on numpy: the definition that the compiled and the device kernels must match.
+
+A chunk is a stretch of one tensor's elements, small enough for the cache. `values` are float32 arrays, changed in place
+where the docstring says so; magnitudes are compared as integers, for which the bits of a non-negative float32 sort like
+its value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+INFINITY = np.uint32(0x7F800000)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+on_host = True
+xp: Any = np
+
+
+def empty(shape: tuple[int, ...]) -> Floats:
+    return np.empty(shape, np.float32)
+
+
+def to_host(values: Any) -> NDArray[Any]:
+    return np.asarray(values)
+
+
+def load(raw: NDArray[np.uint8], dtype: str, values: Floats) -> bool:
+    """Converts stored bytes to float32. False if any value is NaN or infinite.
+
+    Args:
+        raw: the bytes, (n · size,).
+        dtype: as safetensors names it.
+        values: (n,), filled.
+    """
+    if dtype == "BF16":
+        np.left_shift(raw.view(np.uint16), np.uint32(16), out=values.view(np.uint32), dtype=np.uint32)
+    else:
+        values[:] = raw.view(_NUMPY[dtype])
+    return finite(values)
+
+
+_NUMPY = {
+    "F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64, "I32": np.int32, "I16": np.int16,
+    "I8": np.int8, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+def finite(values: Floats) -> bool:
+    """Whether no value is NaN or infinite."""
+    return bool((values.view(np.uint32) & MAGNITUDE).max(initial=0) < INFINITY)
+
+
+def store(values: Floats, dtype: str, raw: NDArray[np.uint8]) -> bool:
+    """Rounds float32 to the stored dtype, to nearest even. False if a result is NaN or infinite.
+
+    Args:
+        values: (n,).
+        raw: the bytes to fill, (n · size,).
+    """
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        raw.view(np.uint16)[:] = (bits + (odd + np.uint32(0x7FFF))) >> np.uint32(16)
+        return bool((raw.view(np.uint16) & np.uint16(0x7FFF)).max(initial=0) < 0x7F80) and finite(values)
+    with np.errstate(over="ignore"):
+        stored = raw.view(_NUMPY[dtype])
+        stored[:] = values
+    return bool(np.isfinite(stored).all())
+
+
+def gram(values: Floats) -> NDArray[np.float64]:
+    """Inner products of the rows of (k, n), accumulated in float64: (k, k)."""
+    wide = values.astype(np.float64)
+    return np.asarray(wide @ wide.T)
+
+
+def row_gram(values: Floats, axis: int) -> NDArray[np.float64]:
+    """Inner products of the k matrices of (k, rows, columns) along `axis` (1 rows, 2 columns): (k, k, other axis)."""
+    wide = values.astype(np.float64)
+    return np.einsum("irc,jrc->ijr" if axis == 2 else "irc,jrc->ijc", wide, wide)
+
+
+def combine(weights: Floats, values: Floats, out: Floats) -> None:
+    """out = Σ weights[k] · values[k], added in the order of k. values (k, n), out (n,)."""
+    np.multiply(values[0], weights[0], out=out)
+    for weight, row in zip(weights[1:], values[1:], strict=True):
+        out += row * weight
+
+
+def histogram(values: Floats) -> NDArray[np.int64]:
+    """Counts by the upper 15 bits of the magnitude: (32768,)."""
+    return np.bincount((values.view(np.uint32) & MAGNITUDE) >> np.uint32(16), minlength=1 << 15)
+
+
+def fine_histogram(values: Floats, high: int) -> NDArray[np.int64]:
+    """Counts by the lower 16 bits among the magnitudes whose upper 15 bits are `high`: (65536,)."""
+    bits = values.view(np.uint32) & MAGNITUDE
+    return np.bincount(bits[bits >> np.uint32(16) == high] & np.uint32(0xFFFF), minlength=1 << 16)
+
+
+def keep_above(values: Floats, threshold: int) -> None:
+    """Zeroes, in place, what has a magnitude under `threshold` (bits)."""
+    values[(values.view(np.uint32) & MAGNITUDE) < threshold] = 0.0
+
+
+def drop_above(values: Floats, threshold: int) -> None:
+    """Zeroes, in place, what has a magnitude over `threshold` (bits)."""
+    values[(values.view(np.uint32) & MAGNITUDE) > threshold] = 0.0
+
+
+def split_ties(values: Floats, threshold: int, remaining: int, keep_first: bool) -> int:
+    """Among magnitudes equal to `threshold`, the first `remaining` count as larger; returns how many are left over.
+
+    In place: zeroes the others if `keep_first`, else zeroes those first ones.
+    """
+    ties = np.flatnonzero((values.view(np.uint32) & MAGNITUDE) == threshold)
+    values[ties[remaining:] if keep_first else ties[:remaining]] = 0.0
+    return max(0, remaining - len(ties))
+
+
+def uniform_bits(key: int, start: int, count: int) -> NDArray[np.uint64]:
+    """32 random bits for each element start … start + count − 1 of stream `key`: a counter through splitmix64.
+
+    The bits of an element depend on nothing but its index and the key, whatever the chunks, threads or device.
+    """
+    with np.errstate(over="ignore"):
+        z = (np.arange(start, start + count, dtype=np.uint64) + np.uint64(1)) * GOLDEN + np.uint64(key)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))) >> np.uint64(32)
+
+
+def drop(values: Floats, keep: float, scale: float, key: int, start: int) -> None:
+    """In place: keeps each value with probability `keep`, times `scale`, and zeroes the rest."""
+    mask = uniform_bits(key, start, len(values)) < np.uint64(round(keep * 2**32))
+    values *= mask * np.float32(scale)
+
+
+def drop_by_rank(values: Floats, columns: int, low: float, high: float, rescale: bool, key: int, start: int) -> None:
+    """In place, for each row of `columns` values: keeps each with a probability that grows with its magnitude's rank.
+
+    The smallest is kept with probability `low`, the largest with `high`, linearly in rank between; equal magnitudes rank
+    by position. With `rescale`, a kept value is divided by its own probability. Source: DELLA, arXiv 2406.11617.
+    """
+    bits = uniform_bits(key, start, len(values)).reshape(-1, columns)
+    rows = values.reshape(-1, columns)
+    order = np.argsort(np.abs(rows), axis=1, kind="stable")
+    by_rank = rank_probabilities(columns, low, high)
+    keep = np.empty(rows.shape, np.float64)
+    np.put_along_axis(keep, order, np.broadcast_to(by_rank, rows.shape), axis=1)
+    mask = bits < (keep * 2.0**32).astype(np.uint64)
+    rows *= np.where(mask, (1.0 / keep).astype(np.float32) if rescale else np.float32(1), np.float32(0))
+
+
+def rank_probabilities(columns: int, low: float, high: float) -> NDArray[np.float64]:
+    """Keep probability of each rank, smallest magnitude first: (columns,)."""
+    return low + (high - low) * (np.arange(columns, dtype=np.float64) / max(1, columns - 1))
+
+
+def elect(deltas: Floats, weights: Floats, normalize: bool, out: Floats) -> None:
+    """Weighted sum of what agrees with the elected sign. deltas (k, n), changed; weights (k,); out (n,).
+
+    The sign of the weighted sum wins, a sum of zero counts as positive, a zero entry never agrees. With `normalize`
+    the sum is divided by the weights of those that agree (0 → 1). Source: TIES, arXiv 2306.01708.
+    """
+    deltas *= weights[:, None]
+    total = deltas[0].copy()
+    for row in deltas[1:]:
+        total += row
+    positive = total >= 0
+    out[:] = 0.0
+    divisor = np.zeros_like(out)
+    for row, weight in zip(deltas, weights, strict=True):
+        agrees = np.where(positive, row > 0, row < 0)
+        out += np.where(agrees, row, np.float32(0))
+        divisor += np.where(agrees, weight, np.float32(0))
+    if normalize:
+        out /= np.where(divisor == 0, np.float32(1), divisor)
+
+
+def vector(weights: Any) -> Floats:
+    """Coefficients as a float32 vector where the kernels want it."""
+    return np.asarray(weights, np.float32)
+
+
+def l1(values: Floats) -> float:
+    """Σ |v|, in float64."""
+    return float(np.abs(values).sum(dtype=np.float64))

@@ -1,0 +1,84 @@
+"""Merges of tensors in memory: the same methods, on arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merging import kernels, methods
+from merging.errors import MergeError
+from merging.inputs import Inputs, Values, Workspace, CACHE_BYTES
+from merging.random_streams import stream_key
+
+Floats = NDArray[np.float32]
+
+
+class ArrayTensor:
+    """A tensor that lies in memory."""
+
+    def __init__(self, values: Floats) -> None:
+        self._values = np.ascontiguousarray(values, np.float32).reshape(-1)
+
+    def load(self, start: int, stop: int, values: Values, workspace: Workspace) -> bool:
+        return bool(workspace.kernels.load(self._values[start:stop].view(np.uint8), "F32", values))
+
+
+def merge_arrays(
+    name: str,
+    base: Floats | None,
+    models: Sequence[Floats],
+    *,
+    seed: int = 0,
+    key: str = "tensor",
+    backend: str = "auto",
+    chunk: int | None = None,
+    **parameters: Any,
+) -> Floats:
+    """Merges one tensor given as float32 arrays of one shape.
+
+    Args:
+        name: of the method.
+        base: the base's array, or None for methods that do without.
+        key: the tensor's name, which random draws depend on.
+        backend: see `merging.kernels.load`.
+        chunk: elements per chunk, about; by default what fits the cache.
+        parameters: as in a recipe; a per-model parameter is a list or one number for all. `lambda_` means `lambda`.
+
+    Raises:
+        MergeError: unknown method or parameter, or shapes that differ.
+    """
+    entry = methods.get(name)
+    given = {k.rstrip("_"): v for k, v in parameters.items()}
+    arguments = {}
+    for parameter in entry.parameters.values():
+        value = given.pop(parameter.name, parameter.default)
+        if value is methods.REQUIRED:
+            raise MergeError(f"'{name}' needs '{parameter.name}'")
+        if parameter.per_model and not isinstance(value, list | tuple):
+            value = [value] * len(models)
+        arguments[parameter.name] = value
+    if given:
+        raise MergeError(f"'{next(iter(given))}' is no parameter of '{name}'")
+    shape = models[0].shape
+    if any(array.shape != shape for array in [*models, *([] if base is None else [base])]):
+        raise MergeError(f"shapes differ: {[array.shape for array in models]}")
+    rows = len(models) + (base is not None) + 1
+    workspace = Workspace(kernels.load(backend), CACHE_BYTES // 4 if chunk is None else chunk * rows)
+    inputs = Inputs(
+        workspace,
+        [ArrayTensor(model) for model in models],
+        None if base is None else ArrayTensor(base),
+        shape,
+        lambda index: stream_key(seed, key, index),
+    )
+    call = methods.keywords(arguments)
+    while entry.survey and (found := entry.survey(inputs, inputs.surveys, **call)) is not None:
+        inputs.surveys = [*inputs.surveys, found]
+    merged = np.empty(inputs.numel, np.float32)
+    if inputs.numel:
+        for part, values in inputs.apply(entry.function(inputs, **call)):
+            merged[part.start : part.stop] = inputs.kernels.to_host(values)
+    return merged.reshape(shape)

@@ -1,0 +1,172 @@
+"""The registry of merge methods: one dict, one decorator, and entries that carry all that others need.
+
+A method is a pure function of one tensor's inputs. Its signature declares its parameters; recipes are checked, help and
+docs are printed and search spaces are built from them. `docs/adding-a-method.md` has an example that a test runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import keyword
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from merging.errors import MergeError
+
+_T = TypeVar("_T")
+
+
+class _Required:
+    def __repr__(self) -> str:
+        return "required"
+
+
+REQUIRED: Any = _Required()
+
+
+@dataclass(frozen=True)
+class Range:
+    """Inclusive bounds of a parameter, for `Annotated[float, Range(0, 1)]`."""
+
+    low: float | None = None
+    high: float | None = None
+
+
+class _PerModel:
+    """Marks a parameter that has one value per model; see `PerModel`."""
+
+
+#: `PerModel[float]`: the method receives a list, one value for each model that is not the base.
+PerModel = Annotated[list[_T], _PerModel()]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, as a recipe spells it."""
+
+    name: str
+    type: type
+    per_model: bool = False
+    default: Any = REQUIRED
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method: what to call, and what a recipe must give it.
+
+    Attributes:
+        base: "required", "optional", or "none" (a listed base is then a model like any other).
+        min_models, max_models: how many models, the base not counted (max None: any number).
+        survey: statistics over the whole model that the method needs first, see `merging.inputs.Survey`.
+        source: paper or page that defines it.
+    """
+
+    name: str
+    title: str
+    function: Callable[..., Any]
+    parameters: Mapping[str, Parameter]
+    base: Literal["required", "optional", "none"]
+    min_models: int
+    max_models: int | None
+    source: str
+    survey: Callable[..., Any] | None = None
+    summary: str = field(default="", compare=False)
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(
+    name: str,
+    *,
+    title: str,
+    base: Literal["required", "optional", "none"] = "none",
+    models: tuple[int, int | None] = (1, None),
+    source: str,
+    survey: Callable[..., Any] | None = None,
+    replace: bool = False,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers `function(inputs, *, parameters…)` as a merge method.
+
+    Keyword-only arguments become the recipe's parameters: `PerModel[float]` for one value per model, `Annotated` with
+    `Range` for bounds, `Literal` for choices, a trailing underscore for names that Python reserves (`lambda_`).
+
+    Raises:
+        MergeError: the name is taken and `replace` is not set.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        if name in METHODS and not replace:
+            raise MergeError(f"a merge method '{name}' is registered already", mend="choose another name")
+        METHODS[name] = Method(
+            name=name,
+            title=title,
+            function=function,
+            parameters=_parameters(function),
+            base=base,
+            min_models=models[0],
+            max_models=models[1],
+            source=source,
+            survey=survey,
+            summary=(inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " "),
+        )
+        return function
+
+    return register
+
+
+def get(name: str) -> Method:
+    """The method of that name, built in or from an installed package's entry point `cuvee.methods`.
+
+    Raises:
+        MergeError: no such method; names the nearest.
+    """
+    if name not in METHODS:
+        _load_entry_points()
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=3)
+        mend = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(sorted(METHODS))}"
+        raise MergeError(f"no merge method '{name}'", mend=mend)
+    return METHODS[name]
+
+
+def _load_entry_points() -> None:
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group="cuvee.methods"):
+        entry.load()
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
+    hints = get_type_hints(function, include_extras=True)
+    parameters = {}
+    for argument in inspect.signature(function).parameters.values():
+        if argument.kind is not argument.KEYWORD_ONLY:
+            continue
+        kind, bounds, per_model, choices = hints[argument.name], Range(), False, ()
+        while get_origin(kind) is Annotated:
+            kind, *marks = get_args(kind)
+            per_model = per_model or any(isinstance(mark, _PerModel) for mark in marks)
+            bounds = next((mark for mark in marks if isinstance(mark, Range)), bounds)
+        if per_model:
+            (kind,) = get_args(kind)
+            while get_origin(kind) is Annotated:
+                kind, *marks = get_args(kind)
+                bounds = next((mark for mark in marks if isinstance(mark, Range)), bounds)
+        if get_origin(kind) is Literal:
+            kind, choices = str, get_args(kind)
+        name = argument.name.rstrip("_")
+        default = REQUIRED if argument.default is argument.empty else argument.default
+        parameters[name] = Parameter(name, kind, per_model, default, bounds.low, bounds.high, choices)
+    return parameters
+
+
+def keywords(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters under their recipe's names, as keyword arguments of a method's function."""
+    return {f"{name}_" if keyword.iskeyword(name) else name: value for name, value in parameters.items()}

@@ -1,0 +1,307 @@
+"""Generalised task arithmetic: thin out each task vector, agree on signs or not, add what is left to the base.
+
+θ = θ₀ + λ · Σ wᵢ τ̃ᵢ, where the methods differ in how τ̃ᵢ is made from τᵢ = θᵢ − θ₀ and in whether entries must agree with
+an elected sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merging.errors import MergeError
+from merging.inputs import Chunk, Final, Inputs, Trim, Values, coarse_bin, fine_cut
+from merging.methods.registry import PerModel, Range, method
+
+#: Changes one model's task vector on one chunk in place: (values, start).
+Thin = Callable[[Values, int], None]
+Densities = PerModel[Annotated[float, Range(0, 1)]]
+RescaleBy = Literal["probability", "norm"]
+
+
+@method("task_arithmetic", title="Task arithmetic", base="required", source="arXiv 2212.04089")
+def task_arithmetic(
+    x: Inputs, *, weight: PerModel[float], normalize: bool = False, lambda_: float = 1.0
+) -> Final:
+    """θ₀ + λ Σ wᵢτᵢ, with `normalize` divided by Σ wᵢ."""
+    return x.add_deltas(_scaled(weight, normalize, lambda_))
+
+
+def _ties_survey(x: Inputs, totals: Sequence[NDArray[np.int64]], *, density: list[float], scope: str, **_: Any) -> Any:
+    """Two stages over the whole model: the coarse histogram of each task vector, then the fine one of its cut's bin."""
+    if scope != "global" or len(totals) == 2:
+        return None
+    if not totals:
+        return x.total(lambda c: np.stack([x.kernels.histogram(d) for d in c.deltas()]))
+    highs = [coarse_bin(row, _count(share, int(row.sum())))[0] for row, share in zip(totals[0], density, strict=True)]
+    return x.total(
+        lambda c: np.stack([x.kernels.fine_histogram(d, h) for d, h in zip(c.deltas(), highs, strict=True)])
+    )
+
+
+@method("ties", title="TIES", base="required", source="arXiv 2306.01708", survey=_ties_survey)
+def ties(
+    x: Inputs,
+    *,
+    weight: PerModel[float],
+    density: Densities = 1.0,  # type: ignore[assignment]
+    normalize: bool = True,
+    lambda_: float = 1.0,
+    rescale: bool = False,
+    scope: Literal["tensor", "global"] = "tensor",
+) -> Final:
+    """Trim each task vector to its `density` largest entries, elect signs, add the entries that agree.
+
+    `scope: tensor` keeps max(1, ⌊density·n⌋) entries of each tensor, ties at the threshold by position; `scope: global` keeps
+    whatever reaches the threshold of the flattened model, as the authors' code does. With `normalize`, each coordinate is
+    divided by the weights that agree there; `rescale` restores each trimmed vector's l1 norm (mergekit's option).
+    """
+    thins: list[Thin] = []
+    if scope == "global":
+        for coarse, fine, share in zip(x.surveys[0], x.surveys[1], density, strict=True):
+            high, rest = coarse_bin(coarse, _count(share, int(coarse.sum())))
+            thins.append(_threshold(x, fine_cut(fine, high, rest).threshold))
+    else:
+        thins = _magnitude(x, [(_count(share, x.numel), 0) for share in density])
+    return _add(x, weight, thins, elect=True, normalize=normalize, lambda_=lambda_, restore_norm=rescale)
+
+
+@method("breadcrumbs", title="Model Breadcrumbs", base="required", source="arXiv 2312.06795")
+def breadcrumbs(
+    x: Inputs,
+    *,
+    weight: PerModel[float],
+    density: Densities = 1.0,  # type: ignore[assignment]
+    gamma: Densities = 0.01,  # type: ignore[assignment]
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: bool = False,
+) -> Final:
+    """Drop each task vector's `gamma` largest entries and its smallest, down to `density`, then task arithmetic."""
+    thins = _band(x, density, gamma)
+    return _add(x, weight, thins, elect=False, normalize=normalize, lambda_=lambda_, restore_norm=rescale)
+
+
+@method("breadcrumbs_ties", title="Model Breadcrumbs with TIES", base="required", source="arXiv 2312.06795")
+def breadcrumbs_ties(
+    x: Inputs,
+    *,
+    weight: PerModel[float],
+    density: Densities = 1.0,  # type: ignore[assignment]
+    gamma: Densities = 0.01,  # type: ignore[assignment]
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: bool = False,
+) -> Final:
+    """As `breadcrumbs`, with TIES' sign election."""
+    thins = _band(x, density, gamma)
+    return _add(x, weight, thins, elect=True, normalize=normalize, lambda_=lambda_, restore_norm=rescale)
+
+
+@method("dare_linear", title="DARE linear", base="required", source="arXiv 2311.03099")
+def dare_linear(
+    x: Inputs,
+    *,
+    weight: PerModel[float],
+    density: Densities = 1.0,  # type: ignore[assignment]
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: bool = True,
+    rescale_by: RescaleBy = "probability",
+) -> Final:
+    """Drop each entry with probability 1 − density, divide the rest by density, then task arithmetic.
+
+    `rescale_by: norm` is mergekit's rule: times what restores the vector's l1 norm in this tensor.
+    """
+    thins = _random(x, density, rescale and rescale_by == "probability")
+    restore = rescale and rescale_by == "norm"
+    return _add(x, weight, thins, elect=False, normalize=normalize, lambda_=lambda_, restore_norm=restore)
+
+
+@method("dare_ties", title="DARE TIES", base="required", source="arXiv 2311.03099")
+def dare_ties(
+    x: Inputs,
+    *,
+    weight: PerModel[float],
+    density: Densities = 1.0,  # type: ignore[assignment]
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: bool = True,
+    rescale_by: RescaleBy = "probability",
+) -> Final:
+    """As `dare_linear`, with TIES' sign election."""
+    thins = _random(x, density, rescale and rescale_by == "probability")
+    restore = rescale and rescale_by == "norm"
+    return _add(x, weight, thins, elect=True, normalize=normalize, lambda_=lambda_, restore_norm=restore)
+
+
+@method("della_linear", title="DELLA linear", base="required", source="arXiv 2406.11617")
+def della_linear(
+    x: Inputs,
+    *,
+    weight: PerModel[float],
+    density: Densities = 1.0,  # type: ignore[assignment]
+    epsilon: Densities = 0.15,  # type: ignore[assignment]
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: bool = True,
+    rescale_by: RescaleBy = "probability",
+) -> Final:
+    """Drop entries at random, the large less often: keep probability density − ε … density + ε by rank in the row.
+
+    A row is what belongs to one index of the first dimension; a vector is one row. Each kept entry is divided by its own
+    keep probability, as the authors do; `rescale_by: norm` is mergekit's rule.
+    """
+    thins = _by_rank(x, density, epsilon, rescale and rescale_by == "probability")
+    restore = rescale and rescale_by == "norm"
+    return _add(x, weight, thins, False, normalize, lambda_, restore, columns=x.filter_size)
+
+
+@method("della", title="DELLA", base="required", source="arXiv 2406.11617")
+def della(
+    x: Inputs,
+    *,
+    weight: PerModel[float],
+    density: Densities = 1.0,  # type: ignore[assignment]
+    epsilon: Densities = 0.15,  # type: ignore[assignment]
+    normalize: bool = True,
+    lambda_: float = 1.0,
+    rescale: bool = True,
+    rescale_by: RescaleBy = "probability",
+) -> Final:
+    """As `della_linear`, with TIES' sign election."""
+    thins = _by_rank(x, density, epsilon, rescale and rescale_by == "probability")
+    restore = rescale and rescale_by == "norm"
+    return _add(x, weight, thins, True, normalize, lambda_, restore, columns=x.filter_size)
+
+
+# ---- ways to thin a task vector ----
+
+
+def _keep_all(values: Values, start: int) -> None:
+    """Density 1: nothing is dropped."""
+
+
+def _count(density: float, numel: int) -> int:
+    """How many entries a density keeps: at least one, unless it is 0."""
+    return max(1, int(density * numel)) if density > 0 and numel else 0
+
+
+def _threshold(x: Inputs, threshold: int) -> Thin:
+    return lambda values, start: x.kernels.keep_above(values, threshold)
+
+
+def _magnitude(x: Inputs, ranks: Sequence[tuple[int, int]]) -> list[Thin]:
+    """Keep the magnitudes ranked inner … outer (largest first) of each task vector: one (outer, inner) a model."""
+    if all(outer >= x.numel and inner == 0 for outer, inner in ranks):
+        return [_keep_all] * len(ranks)
+    cuts = x.cuts(lambda chunk: chunk.deltas(), [[outer, inner] if inner else [outer] for outer, inner in ranks])
+    thins: list[Thin] = []
+    for (outer, inner), row in zip(ranks, cuts, strict=True):
+        trim = Trim(x.kernels, row[0], row[1] if inner else None)
+        thins.append(_keep_all if outer >= x.numel and inner == 0 else trim)
+    return thins
+
+
+def _band(x: Inputs, density: Sequence[float], gamma: Sequence[float]) -> list[Thin]:
+    """mergekit's counts: ⌊density·n⌋ entries stay; fewer than ⌊gamma·n⌋ outliers go where the density demands it."""
+    ranks = []
+    for share, outliers in zip(density, gamma, strict=True):
+        target = int(share * x.numel)
+        bottom = max(0, x.numel - target - int(outliers * x.numel))
+        ranks.append((x.numel, 0) if share >= 1 else (x.numel - bottom, x.numel - bottom - target))
+    return _magnitude(x, ranks)
+
+
+def _random(x: Inputs, density: Sequence[float], rescale: bool) -> list[Thin]:
+    def thin(index: int, keep: float) -> Thin:
+        if keep >= 1:
+            return _keep_all
+        scale = 1 / keep if rescale and keep > 0 else 1.0
+        key = x.key(index)
+        return lambda values, start: x.kernels.drop(values, keep, scale, key, start)
+
+    return [thin(index, keep) for index, keep in enumerate(density)]
+
+
+def _by_rank(x: Inputs, density: Sequence[float], epsilon: Sequence[float], rescale: bool) -> list[Thin]:
+    def thin(index: int, keep: float, spread: float) -> Thin:
+        if keep >= 1:
+            return _keep_all
+        if keep > 0 and not (keep - spread > 0 and keep + spread < 1):
+            raise MergeError(
+                f"density {keep} ± epsilon {spread} leaves (0, 1)", mend="choose a smaller 'epsilon' or another 'density'"
+            )
+        if keep <= 0:
+            return _threshold(x, 0x7FFFFFFF)
+        key, columns = x.key(index), x.filter_size
+        low, high = keep - spread, keep + spread
+        return lambda values, start: x.kernels.drop_by_rank(values, columns, low, high, rescale, key, start)
+
+    return [thin(index, *pair) for index, pair in enumerate(zip(density, epsilon, strict=True))]
+
+
+# ---- adding up ----
+
+
+def _scaled(weights: Sequence[float], normalize: bool, lambda_: float) -> list[float]:
+    total = sum(weights) if normalize else 1.0
+    factor = lambda_ / (total if abs(total) >= 1e-8 else 1.0)
+    return [weight * factor for weight in weights]
+
+
+def _add(
+    x: Inputs,
+    weight: Sequence[float],
+    thins: Sequence[Thin],
+    elect: bool,
+    normalize: bool,
+    lambda_: float,
+    restore_norm: bool = False,
+    columns: int = 1,
+) -> Final:
+    """θ₀ + λ Σ wᵢτ̃ᵢ, over the agreeing entries only if `elect`; `restore_norm` scales each τ̃ᵢ to the l1 norm of τᵢ."""
+    if restore_norm:
+        thins = _norms_restored(x, thins, columns)
+    factors = x.kernels.vector(weight if elect else _scaled(weight, normalize, lambda_))
+
+    def run(chunk: Chunk) -> Values:
+        deltas = chunk.deltas()
+        for thin, values in zip(thins, deltas, strict=True):
+            thin(values, chunk.start)
+        if elect:
+            x.kernels.elect(deltas, factors, normalize, chunk.out)
+            if lambda_ != 1:
+                chunk.out *= lambda_
+        else:
+            x.kernels.combine(factors, deltas, chunk.out)
+        chunk.out += chunk.base
+        return chunk.out
+
+    return Final(run, columns)
+
+
+def _norms_restored(x: Inputs, thins: Sequence[Thin], columns: int) -> list[Thin]:
+    """The same thinning, then scaled to the l1 norm before it. One more pass; random draws repeat exactly."""
+
+    def norms(chunk: Chunk) -> NDArray[np.float64]:
+        deltas = chunk.deltas()
+        before = [x.kernels.l1(values) for values in deltas]
+        for thin, values in zip(thins, deltas, strict=True):
+            thin(values, chunk.start)
+        return np.array([before, [x.kernels.l1(values) for values in deltas]])
+
+    def scaled(thin: Thin, before: float, after: float) -> Thin:
+        ratio = before / after if min(before, after) >= 1e-7 else 1.0  # mergekit's guard
+
+        def run(values: Values, start: int) -> None:
+            thin(values, start)
+            values *= ratio
+
+        return run
+
+    before, after = x.total(norms, columns) if x.numel else np.ones((2, len(thins)))
+    return [scaled(thin, b, a) for thin, b, a in zip(thins, before, after, strict=True)]
