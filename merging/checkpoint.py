@@ -187,7 +187,9 @@ def scan_folder(folder: Path) -> dict[str, TensorInfo]:
     if not tensors:
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(
-                "is a LoRA adapter, not a model", where=str(folder), mend=f"write 'BASE+{folder}' to merge it into its base"
+                "is a LoRA adapter, not a model",
+                where=str(folder),
+                mend=f"write 'BASE+{folder}' to merge it into its base",
             )
         raise CheckpointError("holds no *.safetensors weights", where=str(folder))
     return tensors
@@ -233,7 +235,9 @@ def read_header(file: Path) -> list[TensorInfo]:
         if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
             raise fail(f"malformed header: shape and offsets of '{name[:80]}' must be whole numbers from 0")
         if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-            raise fail(f"'{name[:80]}' has the unknown dtype {str(dtype)[:40]!r}", "save it in float32, float16 or bfloat16")
+            raise fail(
+                f"'{name[:80]}' has the unknown dtype {str(dtype)[:40]!r}", "save it in float32, float16 or bfloat16"
+            )
         if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
             raise fail(f"header lies: '{name[:80]}' of shape {shape} {dtype} does not fill its {end - begin:,} bytes")
         tensors.append(TensorInfo(name, dtype, tuple(shape), file, data + begin, end - begin))
@@ -241,7 +245,9 @@ def read_header(file: Path) -> list[TensorInfo]:
     position = data
     for info in tensors:
         if info.offset != position:
-            raise fail(f"header lies: '{info.name[:80]}' starts at byte {info.offset:,}, the one before it ends at {position:,}")
+            raise fail(
+                f"header lies: '{info.name[:80]}' starts at byte {info.offset:,}, the one before it ends at {position:,}"
+            )
         position += info.nbytes
     if position != size:
         what = "truncated" if position > size else "header lies"

@@ -195,13 +195,13 @@ class Inputs:
         coarse = np.zeros((len(largest), 1 << 15), np.int64)
         for chunk in self.chunks(columns):
             for counts, vector in zip(coarse, values(chunk), strict=True):
-                counts += kernels.histogram(vector)
+                kernels.histogram(vector, counts)
         bins = [[coarse_bin(counts, k) for k in ks] for counts, ks in zip(coarse, largest, strict=True)]
         fine = {(i, high): np.zeros(1 << 16, np.int64) for i, row in enumerate(bins) for high, _ in row}
         for chunk in self.chunks(columns):
             vectors = values(chunk)
             for (i, high), counts in fine.items():
-                counts += kernels.fine_histogram(vectors[i], high)
+                kernels.fine_histogram(vectors[i], high, counts)
         return [[fine_cut(fine[i, high], high, rest) for high, rest in row] for i, row in enumerate(bins)]
 
     # ---- final passes ----

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from merging import kernels, methods
 from merging.errors import MergeError
-from merging.inputs import Inputs, Values, Workspace, CACHE_BYTES
+from merging.inputs import CACHE_BYTES, Inputs, NonFinite, Values, Workspace
 from merging.random_streams import stream_key
 
 Floats = NDArray[np.float32]
@@ -62,6 +62,14 @@ def merge_arrays(
         arguments[parameter.name] = value
     if given:
         raise MergeError(f"'{next(iter(given))}' is no parameter of '{name}'")
+    if not entry.min_models <= len(models) <= (entry.max_models or len(models)):
+        raise MergeError(
+            f"'{name}' merges {entry.min_models} to {entry.max_models or 'any number of'} models, not {len(models)}"
+        )
+    if (base is None and entry.base == "required") or (base is not None and entry.base == "none"):
+        raise MergeError(f"'{name}' {'needs a base' if base is None else 'takes no base'}")
+    for parameter in entry.parameters.values():
+        _check(parameter, arguments[parameter.name], len(models))
     shape = models[0].shape
     if any(array.shape != shape for array in [*models, *([] if base is None else [base])]):
         raise MergeError(f"shapes differ: {[array.shape for array in models]}")
@@ -75,10 +83,29 @@ def merge_arrays(
         lambda index: stream_key(seed, key, index),
     )
     call = methods.keywords(arguments)
-    while entry.survey and (found := entry.survey(inputs, inputs.surveys, **call)) is not None:
-        inputs.surveys = [*inputs.surveys, found]
     merged = np.empty(inputs.numel, np.float32)
-    if inputs.numel:
+    if not inputs.numel:
+        return merged.reshape(shape)
+    try:
+        while entry.survey and (found := entry.survey(inputs, inputs.surveys, **call)) is not None:
+            inputs.surveys = [*inputs.surveys, found]
         for part, values in inputs.apply(entry.function(inputs, **call)):
             merged[part.start : part.stop] = inputs.kernels.to_host(values)
+    except NonFinite as error:
+        where = "the base" if error.index < 0 else f"model {error.index}"
+        raise MergeError(f"{where} holds NaN or infinite values") from None
     return merged.reshape(shape)
+
+
+def _check(parameter: methods.Parameter, value: Any, models: int) -> None:
+    values = value if parameter.per_model else [value]
+    if parameter.per_model and len(values) != models:
+        raise MergeError(f"'{parameter.name}' has {len(values)} values for {models} models")
+    for each in values:
+        if parameter.choices and each not in parameter.choices:
+            raise MergeError(f"'{parameter.name}' is {each!r}, not one of {', '.join(parameter.choices)}")
+        if parameter.type in (int, float) and (isinstance(each, bool) or not isinstance(each, int | float)):
+            raise MergeError(f"'{parameter.name}' must be a number, not {each!r}")
+        low, high = parameter.low, parameter.high
+        if (low is not None and each < low) or (high is not None and each > high):
+            raise MergeError(f"'{parameter.name}' is {each}, outside [{low}, {high}]")

@@ -135,24 +135,7 @@ class Recipe:
         Raises:
             RecipeError: no file, not readable, not UTF-8, not YAML, not a recipe.
         """
-        name = os.fspath(path)
-        try:
-            with open(name, "rb") as file:
-                raw = file.read(_MAX_BYTES + 1)
-        except IsADirectoryError:
-            raise RecipeError("is a folder, not a recipe", where=name, mend="give the path of a YAML file") from None
-        except FileNotFoundError:
-            raise RecipeError("no such file", where=name) from None
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"cannot be read: {getattr(error, 'strerror', error)}", where=repr(name)[1:-1]) from None
-        if len(raw) > _MAX_BYTES:
-            raise RecipeError("is larger than 1 MiB: no recipe", where=name, mend="give the path of a YAML file")
-        try:
-            text = raw.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = raw.count(b"\n", 0, error.start) + 1
-            raise RecipeError("is not UTF-8 text", where=f"{name}:{line}", mend="save it as UTF-8") from None
-        return cls.parse(text, name)
+        return cls.parse(read_file(path), os.fspath(path))
 
     @classmethod
     def parse(cls, text: str, where: str = "recipe") -> Recipe:
@@ -271,6 +254,32 @@ class Recipe:
             resolution = Resolution(method, self.merged(method), self.parameters, self.at("merge_method"))
             self._resolutions[method.name] = resolution
         return resolution
+
+
+def read_file(path: str | os.PathLike[str]) -> str:
+    """The text of a recipe's file.
+
+    Raises:
+        RecipeError: no file, not readable, too large, not UTF-8.
+    """
+    name = os.fspath(path)
+    try:
+        with open(name, "rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+    except IsADirectoryError:
+        raise RecipeError("is a folder, not a recipe", where=name, mend="give the path of a YAML file") from None
+    except FileNotFoundError:
+        raise RecipeError("no such file", where=name) from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"cannot be read: {getattr(error, 'strerror', error)}", where=repr(name)[1:-1]) from None
+    if len(raw) > _MAX_BYTES:
+        raise RecipeError("is larger than 1 MiB: no recipe", where=name, mend="give the path of a YAML file")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise RecipeError("is not UTF-8 text", where=f"{name}:{line}", mend="save it as UTF-8") from None
+    return text
 
 
 class _Dumper(yaml.SafeDumper):

@@ -10,14 +10,13 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import boolean, float32, int64, uint16, uint32, uint64, void
+from numba import boolean, float32, float64, int64, uint16, uint32, uint64, void
 from numpy.typing import NDArray
 
 from merging.kernels import reference
 from merging.kernels.reference import (
     Floats,
     empty,
-    gram,
     l1,
     on_host,
     rank_probabilities,
@@ -89,45 +88,66 @@ def store(values: Floats, dtype: str, raw: NDArray[np.uint8]) -> bool:
 @_compile(void(float32[::1], float32[:, ::1], float32[::1]))
 def combine(weights, values, out):
     for start in range(0, out.size, _LANE):
-        stop = min(start + _LANE, out.size)
-        for i in range(start, stop):
-            out[i] = values[0, i] * weights[0]
+        block = out[start : start + _LANE]
+        row, w = values[0, start : start + _LANE], weights[0]
+        for i in range(block.size):
+            block[i] = row[i] * w
         for k in range(1, weights.size):
-            w = weights[k]
-            for i in range(start, stop):
-                out[i] += values[k, i] * w
+            row, w = values[k, start : start + _LANE], weights[k]
+            for i in range(block.size):
+                block[i] += row[i] * w
 
 
-@_compile(int64[::1](uint32[::1]))
-def _histogram(bits):
-    counts = np.zeros((4, 1 << 15), np.int64)  # four tables: equal neighbours do not wait for each other's store
-    whole = bits.size - bits.size % 4
-    for i in range(0, whole, 4):
-        counts[0, (bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(16)] += 1
-        counts[1, (bits[i + 1] & np.uint32(0x7FFFFFFF)) >> np.uint32(16)] += 1
-        counts[2, (bits[i + 2] & np.uint32(0x7FFFFFFF)) >> np.uint32(16)] += 1
-        counts[3, (bits[i + 3] & np.uint32(0x7FFFFFFF)) >> np.uint32(16)] += 1
-    for i in range(whole, bits.size):
-        counts[0, (bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(16)] += 1
-    return counts.sum(axis=0)
+@numba.njit(
+    float64[:, ::1](float32[:, ::1]), nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"}
+)
+def gram(values):
+    """As `reference.gram`; float64 sums may be taken in another order."""
+    count, size = values.shape
+    total = np.zeros((count, count))
+    for start in range(0, size, _LANE):
+        for i in range(count):
+            left = values[i, start : start + _LANE]
+            for j in range(i, count):
+                right = values[j, start : start + _LANE]
+                inner = 0.0
+                for n in range(left.size):
+                    inner += np.float64(left[n]) * np.float64(right[n])
+                total[i, j] += inner
+    for i in range(count):
+        for j in range(i):
+            total[i, j] = total[j, i]
+    return total
 
 
-@_compile(int64[::1](uint32[::1], uint32))
-def _fine_histogram(bits, high):
-    counts = np.zeros(1 << 16, np.int64)
+@_compile(void(uint32[::1], int64[::1]))
+def _histogram(bits, counts):
     for i in range(bits.size):
-        b = np.uint32(bits[i] & np.uint32(0x7FFFFFFF))
-        if b >> np.uint32(16) == high:
-            counts[b & np.uint32(0xFFFF)] += 1
-    return counts
+        counts[(bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(16)] += 1
 
 
-def histogram(values: Floats) -> NDArray[np.int64]:
-    return _histogram(values.view(np.uint32))
+@_compile(void(uint32[::1], uint32, int64[::1]))
+def _fine_histogram(bits, high, counts):
+    first, last = np.uint32(high << np.uint32(16)), np.uint32(high << np.uint32(16)) + np.uint32(0xFFFF)
+    for start in range(0, bits.size, 64):
+        block = bits[start : start + 64]
+        hits = 0
+        for i in range(block.size):
+            b = np.uint32(block[i] & np.uint32(0x7FFFFFFF))
+            hits += (b >= first) & (b <= last)
+        if hits:
+            for i in range(block.size):
+                b = np.uint32(block[i] & np.uint32(0x7FFFFFFF))
+                if (b >= first) & (b <= last):
+                    counts[b & np.uint32(0xFFFF)] += 1
 
 
-def fine_histogram(values: Floats, high: int) -> NDArray[np.int64]:
-    return _fine_histogram(values.view(np.uint32), np.uint32(high))
+def histogram(values: Floats, counts: NDArray[np.int64]) -> None:
+    _histogram(values.view(np.uint32), counts)
+
+
+def fine_histogram(values: Floats, high: int, counts: NDArray[np.int64]) -> None:
+    _fine_histogram(values.view(np.uint32), np.uint32(high), counts)
 
 
 @_compile(void(uint32[::1], uint32))
@@ -183,71 +203,102 @@ def drop(values: Floats, keep: float, scale: float, key: int, start: int) -> Non
     _drop(values, np.uint64(round(keep * 2**32)), np.float32(scale), np.uint64(key), np.uint64(start))
 
 
-@_compile(void(uint32[::1], int64, uint64[::1], float32[::1], uint64, uint64))
-def _drop_by_rank(bits, columns, thresholds, scales, key, start):
-    """A stable radix sort of each row's (magnitude, position) pairs; rank by rank, keep or zero."""
+@numba.njit(boolean(uint64[::1]), inline="always")
+def _insertion_sort(pairs):
+    """Finishes a nearly sorted row; False if it is not nearly sorted after all."""
+    budget = 8 * pairs.size
+    for c in range(1, pairs.size):
+        pair = pairs[c]
+        place = c
+        while place > 0 and pairs[place - 1] > pair:
+            pairs[place] = pairs[place - 1]
+            place -= 1
+        if place != c:
+            pairs[place] = pair
+            budget -= c - place
+            if budget < 0:
+                return False
+    return True
+
+
+@numba.njit(void(uint64[::1], uint64[::1], int64[::1], uint64), inline="always")
+def _counting_pass(pairs, other, counts, shift):
+    """One stable pass of a radix sort by the 11 bits at `shift`. counts (2048,) is scratch."""
+    counts[:] = 0
+    for c in range(pairs.size):
+        counts[(pairs[c] >> shift) & np.uint64(2047)] += 1
+    position = 0
+    for d in range(2048):
+        count = counts[d]
+        counts[d] = position
+        position += count
+    for c in range(pairs.size):
+        d = (pairs[c] >> shift) & np.uint64(2047)
+        other[counts[d]] = pairs[c]
+        counts[d] += 1
+
+
+@_compile(void(uint32[::1], float32[::1], int64, uint32[::1], float32[::1], uint64, uint64))
+def _drop_by_rank(bits, values, columns, thresholds, scales, key, start):
+    """Sorts each row's (magnitude, position) pairs by radix; then keeps or zeroes rank by rank.
+
+    Two passes sort by the upper 22 of the magnitude's 31 bits, which leaves few pairs out of order; a row where many are
+    is sorted by all bits.
+    """
     pairs = np.empty(columns, np.uint64)
     other = np.empty(columns, np.uint64)
-    counts = np.empty((3, 2048), np.int64)
-    values = bits.view(np.float32)
+    counts = np.empty(2048, np.int64)
+    draws = np.empty(columns, np.uint32)
     for row in range(bits.size // columns):
-        offset = row * columns
-        counts[:] = 0
+        own = bits[row * columns : (row + 1) * columns]
+        first = start + np.uint64(row * columns)
         for c in range(columns):
-            b = np.uint64(bits[offset + c] & np.uint32(0x7FFFFFFF))
-            pairs[c] = (b << np.uint64(32)) | np.uint64(c)
-            counts[0, b & np.uint64(2047)] += 1
-            counts[1, (b >> np.uint64(11)) & np.uint64(2047)] += 1
-            counts[2, b >> np.uint64(22)] += 1
-        for digit in range(3):
-            position = 0
-            for d in range(2048):
-                position, counts[digit, d] = position + counts[digit, d], position
-            shift = np.uint64(32 + 11 * digit)
-            for c in range(columns):
-                d = (pairs[c] >> shift) & np.uint64(2047)
-                other[counts[digit, d]] = pairs[c]
-                counts[digit, d] += 1
+            pairs[c] = (np.uint64(own[c] & np.uint32(0x7FFFFFFF)) << np.uint64(32)) | np.uint64(c)
+        for c in range(columns):
+            draws[c] = np.uint32(_bits(key, first + np.uint64(c)))
+        _counting_pass(pairs, other, counts, np.uint64(41))
+        _counting_pass(other, pairs, counts, np.uint64(52))
+        if not _insertion_sort(pairs):
+            _counting_pass(pairs, other, counts, np.uint64(32))
+            _counting_pass(other, pairs, counts, np.uint64(43))
+            _counting_pass(pairs, other, counts, np.uint64(54))
             pairs, other = other, pairs
+        target = values[row * columns : (row + 1) * columns]
         for rank in range(columns):
-            i = offset + np.int64(pairs[rank] & np.uint64(0xFFFFFFFF))
-            kept = _bits(key, start + np.uint64(i)) < thresholds[rank]
-            values[i] = values[i] * (scales[rank] if kept else np.float32(0))
+            i = np.int64(pairs[rank] & np.uint64(0xFFFFFFFF))
+            target[i] *= scales[rank] if draws[i] < thresholds[rank] else np.float32(0)
 
 
 def drop_by_rank(values: Floats, columns: int, low: float, high: float, rescale: bool, key: int, start: int) -> None:
     keep = rank_probabilities(columns, low, high)
-    thresholds = (keep * 2.0**32).astype(np.uint64)
+    thresholds = (keep * 2.0**32).astype(np.uint32)
     scales = (1.0 / keep).astype(np.float32) if rescale else np.ones(columns, np.float32)
-    _drop_by_rank(values.view(np.uint32), columns, thresholds, scales, np.uint64(key), np.uint64(start))
+    _drop_by_rank(values.view(np.uint32), values, columns, thresholds, scales, np.uint64(key), np.uint64(start))
 
 
 @_compile(void(float32[:, ::1], float32[::1], boolean, float32[::1]))
-def _elect(deltas, weights, normalize, out):
+def elect(deltas, weights, normalize, out):
     total = np.empty(_LANE, np.float32)
     divisor = np.empty(_LANE, np.float32)
     for start in range(0, out.size, _LANE):
-        n = min(_LANE, out.size - start)
-        for i in range(n):
-            total[i] = deltas[0, start + i] * weights[0]
-            divisor[i] = np.float32(0)
-            out[start + i] = np.float32(0)
+        block = out[start : start + _LANE]
+        row, w = deltas[0, start : start + _LANE], weights[0]
+        for i in range(block.size):
+            total[i] = row[i] * w
         for k in range(1, weights.size):
-            for i in range(n):
-                total[i] += deltas[k, start + i] * weights[k]
+            row, w = deltas[k, start : start + _LANE], weights[k]
+            for i in range(block.size):
+                total[i] += row[i] * w
+        for i in range(block.size):
+            block[i] = np.float32(0)
+            divisor[i] = np.float32(0)
         for k in range(weights.size):
-            w = weights[k]
-            for i in range(n):
-                d = deltas[k, start + i] * w
-                agrees = (d > 0) if total[i] >= 0 else (d < 0)
-                out[start + i] += d if agrees else np.float32(0)
+            row, w = deltas[k, start : start + _LANE], weights[k]
+            for i in range(block.size):
+                d = row[i] * w
+                agrees = ((total[i] >= 0) & (d > 0)) | ((total[i] < 0) & (d < 0))
+                block[i] += d if agrees else np.float32(0)
                 divisor[i] += w if agrees else np.float32(0)
         if normalize:
-            for i in range(n):
-                out[start + i] /= np.float32(1) if divisor[i] == 0 else divisor[i]
-
-
-def elect(deltas: Floats, weights: Floats, normalize: bool, out: Floats) -> None:
-    _elect(deltas, weights, normalize, out)
-
-
+            for i in range(block.size):
+                block[i] /= np.float32(1) if divisor[i] == 0 else divisor[i]

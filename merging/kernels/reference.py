@@ -67,7 +67,7 @@ def store(values: Floats, dtype: str, raw: NDArray[np.uint8]) -> bool:
         raw.view(np.uint16)[:] = (bits + (odd + np.uint32(0x7FFF))) >> np.uint32(16)
         return bool((raw.view(np.uint16) & np.uint16(0x7FFF)).max(initial=0) < 0x7F80) and finite(values)
     with np.errstate(over="ignore"):
-        stored = raw.view(_NUMPY[dtype])
+        stored: NDArray[Any] = raw.view(_NUMPY[dtype])
         stored[:] = values
     return bool(np.isfinite(stored).all())
 
@@ -81,7 +81,7 @@ def gram(values: Floats) -> NDArray[np.float64]:
 def row_gram(values: Floats, axis: int) -> NDArray[np.float64]:
     """Inner products of the k matrices of (k, rows, columns) along `axis` (1 rows, 2 columns): (k, k, other axis)."""
     wide = values.astype(np.float64)
-    return np.einsum("irc,jrc->ijr" if axis == 2 else "irc,jrc->ijc", wide, wide)
+    return np.asarray(np.einsum("irc,jrc->ijr" if axis == 2 else "irc,jrc->ijc", wide, wide))
 
 
 def combine(weights: Floats, values: Floats, out: Floats) -> None:
@@ -91,15 +91,15 @@ def combine(weights: Floats, values: Floats, out: Floats) -> None:
         out += row * weight
 
 
-def histogram(values: Floats) -> NDArray[np.int64]:
-    """Counts by the upper 15 bits of the magnitude: (32768,)."""
-    return np.bincount((values.view(np.uint32) & MAGNITUDE) >> np.uint32(16), minlength=1 << 15)
+def histogram(values: Floats, counts: NDArray[np.int64]) -> None:
+    """Adds to `counts` (32768,) by the upper 15 bits of the magnitude."""
+    counts += np.bincount((values.view(np.uint32) & MAGNITUDE) >> np.uint32(16), minlength=1 << 15)
 
 
-def fine_histogram(values: Floats, high: int) -> NDArray[np.int64]:
-    """Counts by the lower 16 bits among the magnitudes whose upper 15 bits are `high`: (65536,)."""
+def fine_histogram(values: Floats, high: int, counts: NDArray[np.int64]) -> None:
+    """Adds to `counts` (65536,), by the lower 16 bits, the magnitudes whose upper 15 bits are `high`."""
     bits = values.view(np.uint32) & MAGNITUDE
-    return np.bincount(bits[bits >> np.uint32(16) == high] & np.uint32(0xFFFF), minlength=1 << 16)
+    counts += np.bincount(bits[bits >> np.uint32(16) == high] & np.uint32(0xFFFF), minlength=1 << 16)
 
 
 def keep_above(values: Floats, threshold: int) -> None:
@@ -131,7 +131,7 @@ def uniform_bits(key: int, start: int, count: int) -> NDArray[np.uint64]:
         z = (np.arange(start, start + count, dtype=np.uint64) + np.uint64(1)) * GOLDEN + np.uint64(key)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))) >> np.uint64(32)
+    return np.asarray((z ^ (z >> np.uint64(31))) >> np.uint64(32))
 
 
 def drop(values: Floats, keep: float, scale: float, key: int, start: int) -> None:
@@ -157,8 +157,10 @@ def drop_by_rank(values: Floats, columns: int, low: float, high: float, rescale:
 
 
 def rank_probabilities(columns: int, low: float, high: float) -> NDArray[np.float64]:
-    """Keep probability of each rank, smallest magnitude first: (columns,)."""
-    return low + (high - low) * (np.arange(columns, dtype=np.float64) / max(1, columns - 1))
+    """Keep probability of each rank, smallest magnitude first: (columns,). A lone entry has the middle one."""
+    if columns == 1:
+        return np.array([(low + high) / 2])
+    return low + (high - low) * (np.arange(columns, dtype=np.float64) / (columns - 1))
 
 
 def elect(deltas: Floats, weights: Floats, normalize: bool, out: Floats) -> None:

@@ -76,10 +76,10 @@ def arcee_fusion(x: Inputs) -> Final:
     kernels, xp = x.kernels, x.kernels.xp
 
     def importance(chunk: Chunk) -> Values:
-        rows, base = chunk.models[0].reshape(-1, x.columns), chunk.base.reshape(-1, x.columns)  # type: ignore[union-attr]
+        rows, base = (xp.asarray(v, dtype=xp.float64).reshape(-1, x.columns) for v in (chunk.models[0], chunk.base))
         p, q = _softmax(xp, rows) + 1e-8, _softmax(xp, base) + 1e-8
-        divergence = (p * xp.log(p / q)).sum(-1)[:, None]  # (rows, 1)
-        return (xp.abs(rows - base) * divergence).reshape(-1)
+        divergence = (p * xp.log(p / q)).sum(-1)[:, None]  # (rows, 1); near zero, where float32 is noise
+        return xp.asarray((xp.abs(rows - base) * divergence).reshape(-1), dtype=xp.float32)
 
     # A divergence can be under zero by rounding, and magnitudes would fold it over: order by the value, shifted to be positive.
     lowest = min((float(importance(c).min()) for c in x.chunks(x.columns)), default=0.0)
@@ -113,10 +113,10 @@ def ramplus_tl(x: Inputs, *, r: float = 0.1, alpha: Positive = 0.2, epsilon: Pos
 
     def overlaps(chunk: Chunk) -> np.ndarray:
         moved, counts = _moved(chunk.deltas(), epsilon)
-        return x.kernels.to_host([[((m != 0) & (counts > 1)).sum(), ((m != 0) & (counts == 1)).sum()] for m in moved])
+        return np.asarray([[int(((m != 0) & (counts > 1)).sum()), int(((m != 0) & (counts == 1)).sum())] for m in moved])
 
     shared, unique = (x.total(overlaps) if x.numel else np.zeros((len(x.models), 2))).T
-    boost = x.kernels.vector(1 + r * np.clip(shared / np.maximum(unique, epsilon), 0, alpha))
+    boost = x.kernels.vector(1 + r * np.clip(shared / np.maximum(unique, 1), 0, alpha))
 
     def formula(xp: Any, base: Values, models: Values) -> Values:
         moved, counts = _moved(models - base, epsilon)
@@ -139,5 +139,3 @@ def _softmax(xp: Any, rows: Values) -> Values:
 
 def _value(bits: int) -> float:
     return float(np.array([bits], np.uint32).view(np.float32)[0])
-
-

@@ -117,7 +117,9 @@ def karcher(
     if not valid.any():
         return x.combine([0.0] * len(norms))
     inverse = np.where(valid, 1 / np.where(valid, norms, 1.0), 0.0)
-    mean = _centre(gram * np.outer(inverse, inverse), np.where(valid, weights, 0.0) / weights[valid].sum(), max_iter, tol)
+    mean = _centre(
+        gram * np.outer(inverse, inverse), np.where(valid, weights, 0.0) / weights[valid].sum(), max_iter, tol
+    )
     return x.combine(list(mean * inverse * float(weights @ norms)))
 
 

@@ -23,9 +23,7 @@ RescaleBy = Literal["probability", "norm"]
 
 
 @method("task_arithmetic", title="Task arithmetic", base="required", source="arXiv 2212.04089")
-def task_arithmetic(
-    x: Inputs, *, weight: PerModel[float], normalize: bool = False, lambda_: float = 1.0
-) -> Final:
+def task_arithmetic(x: Inputs, *, weight: PerModel[float], normalize: bool = False, lambda_: float = 1.0) -> Final:
     """θ₀ + λ Σ wᵢτᵢ, with `normalize` divided by Σ wᵢ."""
     return x.add_deltas(_scaled(weight, normalize, lambda_))
 
@@ -35,11 +33,17 @@ def _ties_survey(x: Inputs, totals: Sequence[NDArray[np.int64]], *, density: lis
     if scope != "global" or len(totals) == 2:
         return None
     if not totals:
-        return x.total(lambda c: np.stack([x.kernels.histogram(d) for d in c.deltas()]))
+        counts = np.zeros((len(density), 1 << 15), np.int64)
+        for chunk in x.chunks():
+            for values, row in zip(chunk.deltas(), counts, strict=True):
+                x.kernels.histogram(values, row)
+        return counts
+    counts = np.zeros((len(density), 1 << 16), np.int64)
     highs = [coarse_bin(row, _count(share, int(row.sum())))[0] for row, share in zip(totals[0], density, strict=True)]
-    return x.total(
-        lambda c: np.stack([x.kernels.fine_histogram(d, h) for d, h in zip(c.deltas(), highs, strict=True)])
-    )
+    for chunk in x.chunks():
+        for values, high, row in zip(chunk.deltas(), highs, counts, strict=True):
+            x.kernels.fine_histogram(values, high, row)
+    return counts
 
 
 @method("ties", title="TIES", base="required", source="arXiv 2306.01708", survey=_ties_survey)
@@ -233,7 +237,8 @@ def _by_rank(x: Inputs, density: Sequence[float], epsilon: Sequence[float], resc
             return _keep_all
         if keep > 0 and not (keep - spread > 0 and keep + spread < 1):
             raise MergeError(
-                f"density {keep} ± epsilon {spread} leaves (0, 1)", mend="choose a smaller 'epsilon' or another 'density'"
+                f"density {keep} ± epsilon {spread} leaves (0, 1)",
+                mend="choose a smaller 'epsilon' or another 'density'",
             )
         if keep <= 0:
             return _threshold(x, 0x7FFFFFFF)

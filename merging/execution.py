@@ -1,0 +1,208 @@
+"""Executing a plan: workers that each take the next tensor, stream it through its method and write it in place.
+
+Workers are threads: the kernels, reads and writes all release the interpreter's lock, and each runs on one core, since
+threads inside an operation wait for each other on a busy machine.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from threadpoolctl import threadpool_limits
+
+from merging import kernels, lineage
+from merging.checkpoint import DTYPE_BYTES, CheckpointWriter
+from merging.errors import MergeError
+from merging.inputs import CACHE_BYTES, Inputs, NonFinite, Workspace
+from merging.plan import Plan, Step
+from merging.random_streams import stream_key
+from merging.views import FileTensor, same_bytes
+
+#: Called with bytes done and bytes in all, from any worker.
+Progress = Callable[[int, int], None]
+_DEVICE_CACHE_BYTES = 256 << 20  # a chunk of all models on a GPU: large enough to hide the launch of its kernels
+_BLOCK = 1 << 20
+
+
+class Execution:
+    """One run of a plan.
+
+    Args:
+        seed: of all random draws.
+        backend, device: see `merging.kernels.load`.
+        threads: how many workers.
+    """
+
+    def __init__(
+        self, plan: Plan, seed: int, backend: str, device: str, threads: int, progress: Progress | None
+    ) -> None:
+        self.plan, self.seed, self.threads, self.progress = plan, seed, threads, progress
+        self.kernels = kernels.load(backend, device)
+        self.local = threading.local()
+        self.surveys: dict[str, list[np.ndarray]] = {}
+        self.total = sum(step.nbytes for step in plan.steps)
+        self.done = 0
+        self.lock = threading.Lock()
+        self.failed = threading.Event()
+        self.digests: list[tuple[str, str, tuple[int, ...], str]] = []
+
+    def run(self, staging: Path, shard_size: int) -> str:
+        """Writes all shards; returns the digest of what was written."""
+        steps = self.plan.steps
+        with threadpool_limits(1, "blas"):
+            surveys = self._survey([s for s in steps if s.method.survey and s.action == "merge"])
+            writer = CheckpointWriter(staging, [(s.name, s.dtype, s.shape) for s in steps], shard_size)
+            try:
+                self._each(_large_first(steps, self.threads), lambda step: self._write(step, writer, surveys))
+            finally:
+                writer.close()
+        return lineage.combined_digest(self.digests)
+
+    def _each(self, steps: Sequence[Step], work: Callable[[Step], None]) -> None:
+        """Runs `work` on every step; the first error stops the others and is raised."""
+        remaining = iter(steps)
+
+        def worker() -> None:
+            while not self.failed.is_set():
+                with self.lock:
+                    step = next(remaining, None)
+                if step is None:
+                    return
+                try:
+                    work(step)
+                except BaseException:
+                    self.failed.set()
+                    raise
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            futures = [pool.submit(worker) for _ in range(self.threads)]
+        for future in futures:
+            future.result()
+
+    def _survey(self, steps: Sequence[Step]) -> list[np.ndarray]:
+        """Statistics over the whole model, a stage after the other, until the method asks for no more."""
+        found: list[np.ndarray] = []
+        while steps:
+            stage: list[np.ndarray] = []
+
+            def work(step: Step, stage: list[np.ndarray] = stage) -> None:
+                inputs, tensors = self._inputs(step, found)
+                assert step.method.survey is not None
+                if (
+                    inputs.numel
+                    and (part := _finite(step, tensors, step.method.survey, inputs, found, **step.parameters))
+                    is not None
+                ):
+                    with self.lock:
+                        stage.append(part) if not stage else stage.__setitem__(0, stage[0] + part)
+
+            self._each(steps, work)
+            if not stage:
+                break
+            found.append(stage[0])
+        return found
+
+    def _inputs(self, step: Step, surveys: list[np.ndarray]) -> tuple[Inputs, list[FileTensor]]:
+        models = [view.tensor(info) for view, info in step.models]
+        base = step.base[0].tensor(step.base[1]) if step.base else None
+        tensors = [*models, base] if base else models
+        inputs = Inputs(
+            self._workspace(),
+            models,
+            base,
+            step.shape,
+            lambda index: stream_key(self.seed, step.name, index),
+            surveys,
+            whole_rows=any(t.whole_rows for t in tensors),
+        )
+        return inputs, tensors
+
+    def _workspace(self) -> Workspace:
+        if not hasattr(self.local, "workspace"):
+            capacity = (CACHE_BYTES if self.kernels.on_host else _DEVICE_CACHE_BYTES) // 4
+            self.local.workspace = Workspace(self.kernels, capacity)
+        return self.local.workspace  # type: ignore[no-any-return]
+
+    def _write(self, step: Step, writer: CheckpointWriter, surveys: list[np.ndarray]) -> None:
+        inputs, tensors = self._inputs(step, surveys)
+        digest = xxhash.xxh3_128()
+        try:
+            if step.action == "copy":
+                self._copy(step, tensors, writer, digest)
+            elif inputs.numel:
+                self._merge(step, inputs, tensors, writer, digest)
+        except NonFinite as error:
+            place = tensors[error.index]
+            if len(tensors) < 2 or not same_bytes(tensors) or place.info.dtype != step.dtype:
+                raise MergeError(
+                    f"'{step.name}' holds NaN or infinite values",
+                    where=str(place.info.file),
+                    mend="that model is damaged; 'cuvee inspect' counts them",
+                ) from None
+            digest = xxhash.xxh3_128()
+            self._copy(step, tensors[:1], writer, digest)
+        with self.lock:
+            self.digests.append((step.name, step.dtype, step.shape, digest.hexdigest()))
+            self.done += step.nbytes
+            if self.progress:
+                self.progress(self.done, self.total)
+
+    def _merge(
+        self, step: Step, inputs: Inputs, tensors: list[FileTensor], writer: CheckpointWriter, digest: Any
+    ) -> None:
+        size = DTYPE_BYTES[step.dtype]
+        final = step.method.function(inputs, **step.parameters)
+        for tensor in tensors:
+            tensor.hash_next_pass()
+        for chunk, values in inputs.apply(final):
+            if self.failed.is_set():
+                return
+            if inputs.kernels.on_host and step.dtype == "F32":
+                raw = np.ascontiguousarray(values, np.float32).view(np.uint8)
+                finite = inputs.kernels.finite(values)
+            else:
+                raw = inputs.workspace.raw((chunk.stop - chunk.start) * size)
+                finite = inputs.kernels.store(values, step.dtype, raw)
+            if not finite:
+                raise MergeError(
+                    f"'{step.name}' comes out infinite or NaN in {step.dtype}",
+                    mend="set 'out_dtype: float32' or 'bfloat16', or smaller weights",
+                )
+            digest.update(raw.data)
+            writer.write(step.name, chunk.start * size, raw.data)
+
+    def _copy(self, step: Step, tensors: list[FileTensor], writer: CheckpointWriter, digest: Any) -> None:
+        first = tensors[-1] if step.base else tensors[0]
+        if not step.name.endswith("num_batches_tracked") and not same_bytes(tensors):
+            raise MergeError(
+                f"'{step.name}' holds whole numbers ({first.info.dtype}) that differ between the models",
+                where=str(first.info.file),
+                mend="they cannot be averaged; are the models of one lineage?",
+            )
+        block = 1 << 20
+        for start in range(0, first.info.nbytes, block):
+            part = memoryview(bytearray(min(block, first.info.nbytes - start)))
+            first.view.checkpoint.read_into(first.info, start, part)
+            digest.update(part)
+            writer.write(step.name, start, part)
+
+
+def _finite(step: Step, tensors: list[FileTensor], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except NonFinite as error:
+        where = str(tensors[error.index].info.file)
+        raise MergeError(f"'{step.name}' holds NaN or infinite values", where=where) from None
+
+
+def _large_first(steps: Sequence[Step], threads: int) -> list[Step]:
+    """File order, which the disk likes, but for tensors so large that a worker would finish late with one."""
+    limit = sum(step.nbytes for step in steps) / (4 * threads)
+    large = sorted((s for s in steps if s.nbytes > limit), key=lambda s: -s.nbytes)
+    return large + [s for s in steps if s.nbytes <= limit]

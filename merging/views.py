@@ -1,0 +1,176 @@
+"""A model as a recipe means it: a checkpoint, its adapter, and its tensors under the names that the other models use."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from merging.adapter import Adapter
+from merging.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, locate
+from merging.inputs import Values, Workspace
+from merging.lineage import file_digest, weights_digest
+from merging.lowrank import Correction
+from merging.sources import ModelRef
+
+#: Output heads that a model with tied embeddings leaves out of its file, and where the embeddings then lie.
+_TIED = {
+    "lm_head.weight": ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight"),
+    "cls.predictions.decoder.weight": ("word_embeddings.weight",),
+    "lm_head.decoder.weight": ("word_embeddings.weight",),
+    "vocab_projector.weight": ("word_embeddings.weight",),
+}
+
+
+class View:
+    """One model of a merge. Thread-safe.
+
+    Attributes:
+        digests: of the tensors read so far, by stored name; filled by `FileTensor`.
+    """
+
+    def __init__(self, ref: ModelRef, checkpoint: Checkpoint, adapter: Adapter | None = None) -> None:
+        self.ref, self.checkpoint, self.adapter = ref, checkpoint, adapter
+        self.tensors: dict[str, TensorInfo] = dict(checkpoint.tensors)
+        if adapter:
+            self.tensors.update(adapter.replacements)
+            self.tensors.update(adapter.additions)
+        self.digests: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._prefix = ("", "")  # (ours, theirs): stored names start with ours where the plan's start with theirs
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of its adapter."""
+        return self.adapter.notes if self.adapter else ()
+
+    @classmethod
+    def open(cls, ref: ModelRef, relative_to: Path | None = None) -> View:
+        """Opens the checkpoint, and the adapter if the reference names one.
+
+        Raises:
+            CheckpointError, MergeError: as `Checkpoint.open` and `Adapter.open`.
+        """
+        checkpoint = Checkpoint.open(ref, relative_to=relative_to)
+        if ref.adapter is None:
+            return cls(ref, checkpoint)
+        return cls(ref, checkpoint, Adapter.open(locate(ref.adapter, ref.adapter_revision, relative_to), checkpoint))
+
+    def align(self, names: Iterable[str]) -> None:
+        """Learns how its names differ from `names` by a prefix (`model.`, `bert.` …), if at all."""
+        others = set(names)
+        best = len(others & self.tensors.keys())
+        if best * 2 >= min(len(others), len(self.tensors)):
+            return
+        candidates = [(f"{n.split('.')[0]}.", "") for n in self.tensors] + [("", f"{n.split('.')[0]}.") for n in others]
+        for ours, theirs in dict.fromkeys(candidates):
+            shared = sum(theirs + name.removeprefix(ours) in others for name in self.tensors if name.startswith(ours))
+            if shared > best:
+                best, self._prefix = shared, (ours, theirs)
+
+    def names(self) -> list[str]:
+        """Its tensors under the plan's names, in file order."""
+        ours, theirs = self._prefix
+        return [theirs + n.removeprefix(ours) if n.startswith(ours) else n for n in self.tensors]
+
+    def find(self, name: str) -> TensorInfo | None:
+        """The tensor of that name in the plan; a tied output head is the embedding."""
+        ours, theirs = self._prefix
+        stored = ours + name.removeprefix(theirs) if name.startswith(theirs) else name
+        info = self.tensors.get(stored) or self.tensors.get(name)
+        if info is None and (tied := self._tied(name)):
+            info = self.tensors.get(tied)
+        return info
+
+    def tensor(self, info: TensorInfo) -> FileTensor:
+        correction = self.adapter.corrections.get(info.name) if self.adapter else None
+        return FileTensor(self, info, correction)
+
+    def digest(self) -> str:
+        """Digest of the weights as stored, an adapter's file included; tensors read already are not read again."""
+        known = {name: d for name, d in self.digests.items() if name in self.checkpoint.tensors}
+        if self.adapter:
+            replaced = self.adapter.replacements.keys() | self.adapter.additions.keys()
+            known = {name: d for name, d in known.items() if name not in replaced}
+        weights = weights_digest(self.checkpoint, known)
+        return f"{weights}+{file_digest(self.adapter.file)}" if self.adapter else weights
+
+    def _tied(self, name: str) -> str | None:
+        """The embedding that stands in for an output head which this model's file leaves out."""
+        endings = next((e for head, e in _TIED.items() if name == head or name.endswith(f".{head}")), None)
+        if endings is None or not self._ties_embeddings():
+            return None
+        found = [n for n in self.tensors if n.endswith(endings) and "position" not in n]
+        return found[0] if len(found) == 1 or (found and found[0].endswith("shared.weight")) else None
+
+    def _ties_embeddings(self) -> bool:
+        config = self.checkpoint.config
+        text = config.get("text_config")
+        nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+        return bool(config.get("tie_word_embeddings", True if nested is None else nested))
+
+
+class FileTensor:
+    """One tensor of a view as a stream of float32; hashes the stored bytes as they pass when told to."""
+
+    def __init__(self, view: View, info: TensorInfo, correction: Correction | None) -> None:
+        self.view, self.info, self.correction = view, info, correction
+        self._size = DTYPE_BYTES[info.dtype]
+        self._hash: xxhash.xxh3_128 | None = None
+
+    @property
+    def whole_rows(self) -> bool:
+        return self.correction is not None
+
+    def hash_next_pass(self) -> None:
+        """The next pass covers the tensor once, in order: take its digest on the way."""
+        self._hash = None if self.info.name in self.view.digests else xxhash.xxh3_128()
+
+    def load(self, start: int, stop: int, values: Values, workspace: Workspace) -> bool:
+        kernels, dtype = workspace.kernels, self.info.dtype
+        if kernels.on_host and dtype == "F32":
+            raw = values.view(np.uint8)
+            self.read_raw(start, stop, raw)
+            finite = kernels.finite(values)
+        else:
+            raw = workspace.raw((stop - start) * self._size)
+            self.read_raw(start, stop, raw)
+            finite = kernels.load(raw, dtype, values)
+        if self.correction is not None:
+            columns = max(1, self.info.numel // max(1, self.info.shape[0] if self.info.shape else 1))
+            rows = np.ascontiguousarray(kernels.to_host(values)).reshape(-1, columns)
+            self.correction.apply(rows, start // columns)
+            if not kernels.on_host:
+                kernels.load(rows.reshape(-1).view(np.uint8), "F32", values)
+        return bool(finite)
+
+    def read_raw(self, start: int, stop: int, raw: np.ndarray) -> None:
+        """The stored bytes of elements start … stop."""
+        view = raw.data
+        self.view.checkpoint.read_into(self.info, start * self._size, view)
+        if self._hash is not None:
+            self._hash.update(view)
+            if stop == self.info.numel:
+                self.view.digests[self.info.name] = self._hash.hexdigest()
+                self._hash = None
+
+
+def same_bytes(tensors: list[FileTensor]) -> bool:
+    """Whether all tensors are stored alike, to the bit."""
+    first, *others = (t.info for t in tensors)
+    if any((info.dtype, info.shape) != (first.dtype, first.shape) for info in others):
+        return False
+    block = 1 << 20
+    for start in range(0, first.nbytes, block):
+        size = min(block, first.nbytes - start)
+        parts = []
+        for tensor in tensors:
+            part = bytearray(size)
+            tensor.view.checkpoint.read_into(tensor.info, start, memoryview(part))
+            parts.append(part)
+        if any(part != parts[0] for part in parts[1:]):
+            return False
+    return True
