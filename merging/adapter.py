@@ -290,14 +290,11 @@ class _Scaling:
         patterns = self._config.get(key) or {}
         if not isinstance(patterns, dict):
             raise CheckpointError(f"{key} is no table of patterns and values", where=self._where)
-        for pattern, value in patterns.items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    return value
-            except re.error as error:
-                what = f"{key}: {pattern!r} is no regular expression ({error})"
-                raise CheckpointError(what, where=self._where) from error
-        return None
+        try:
+            return next((v for pattern, v in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), None)
+        except re.error as error:
+            what = f"{key}: {error.pattern!r} is no regular expression ({error.msg})"
+            raise CheckpointError(what, where=self._where) from error
 
 
 def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:

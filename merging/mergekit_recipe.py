@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -121,11 +122,9 @@ def check_parameters(root: Node, method: str, known: Sequence[str]) -> None:
 def place(root: Node, way: Sequence[Any]) -> str:
     """Where the value lies that is reached by these keys and indices, or the last of them that exists."""
     node = root
-    for step in way:
-        try:
+    with contextlib.suppress(KeyError, IndexError, TypeError):
+        for step in way:
             node = node.value[step]
-        except (KeyError, IndexError, TypeError):
-            break
     return node.where
 
 

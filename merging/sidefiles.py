@@ -210,8 +210,8 @@ def _custom_code(folder: Path, modules: Sequence[str]) -> set[PurePosixPath]:
             continue
         done.add(file)
         text = (folder / file).read_text(encoding="utf-8", errors="replace")
-        for name in re.findall(r"^\s*(?:from\s+\.(\w[\w.]*)\s+import|import\s+\.(\w[\w.]*))", text, re.MULTILINE):
-            waiting.append(PurePosixPath(file.parent, *"".join(name).split(".")).with_suffix(".py"))
+        beside = re.findall(r"^\s*from\s+\.(\w[\w.]*)\s+import", text, re.MULTILINE)
+        waiting.extend(PurePosixPath(file.parent, *name.split(".")).with_suffix(".py") for name in beside)
         for names in re.findall(r"^\s*from\s+\.\s+import\s+([\w, ]+)", text, re.MULTILINE):
             waiting.extend(file.parent / f"{name.split()[0]}.py" for name in names.split(",") if name.strip())
     return done
