@@ -1,0 +1,69 @@
+"""Fixtures that several test files share: the real all-MiniLM-L6-v2, and a family of specialists fine-tuned from it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores already
+
+
+@dataclass(frozen=True)
+class MiniLMFamily:
+    """Folders in the layout of sentence-transformers: the base, and specialists fine-tuned from it."""
+
+    base: Path
+    specialists: tuple[Path, ...]
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of the real all-MiniLM-L6-v2, inside its package (extra `demo`)."""
+    from embeddings.quickstart import demo_model
+    from merging import CuveeError
+
+    try:
+        return demo_model()
+    except CuveeError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def minilm_family(
+    minilm: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> MiniLMFamily:
+    """all-MiniLM-L6-v2 and three specialists, each fine-tuned a little on one of the quickstart's real tasks.
+
+    Few and large steps, so that the task vectors stand out of the rounding within seconds. Trained once: kept in
+    pytest's cache, where the workers of a parallel run wait for the first of them.
+    """
+    filelock = pytest.importorskip("filelock")
+    pytest.importorskip("sentence_transformers")
+    import torch
+
+    from embeddings import quickstart
+
+    training = quickstart.Training(steps=8, batch=16, learning_rate=5e-4, tokens=32)
+    code = Path(quickstart.__file__).read_bytes()
+    version = hashlib.sha256(code + f"{training} {torch.__version__}".encode()).hexdigest()[:12]
+    cache = getattr(request.config, "cache", None)
+    root = cache.mkdir("minilm-family") if cache else tmp_path_factory.getbasetemp().parent / "minilm-family"
+    root.mkdir(parents=True, exist_ok=True)
+    folders = []
+    threads = torch.get_num_threads()
+    with filelock.FileLock(root / "lock"):
+        torch.set_num_threads(1)  # on busy cores the threads of one operation wait for each other
+        for task in quickstart.TASKS:
+            folders.append(root / version / task)
+            quickstart.train_specialist(
+                minilm, task, folders[-1], training, device="cpu", force=False, progress=lambda *_: None
+            )
+        torch.set_num_threads(threads)
+    return MiniLMFamily(minilm, tuple(folders))

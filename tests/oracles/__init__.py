@@ -1,0 +1,1 @@
+"""Independent truths that the tests compare with: slow formulas in float64, and mergekit itself."""

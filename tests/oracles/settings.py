@@ -1,0 +1,108 @@
+"""Recipes to try every method with, and what a random method drew, seen from outside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import merging
+from merging.methods import REQUIRED, Method
+from tests.oracles.thinning import Array, task_vector
+
+#: For three models, or as many as the method takes. Values that differ between the models are lists.
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "linear": [
+        {"weight": 1.0},
+        {"weight": [0.2, 0.5, 1.7]},
+        {"weight": [1.5, -0.5, 0.25], "normalize": False},
+    ],
+    "task_arithmetic": [
+        {"weight": 1.0},
+        {"weight": [0.3, -0.4, 1.5], "lambda": 0.7},
+        {"weight": [1.0, 2.0, 0.5], "normalize": True},
+    ],
+    "ties": [
+        {"weight": 1.0},
+        {"weight": [1.0, 0.5, 2.0], "density": 0.3},
+        {"weight": [1.0, 0.5, -2.0], "density": [0.9, 0.01, 1.0], "lambda": 1.3, "normalize": False},
+        {"weight": [1.0, 0.5, 2.0], "density": [0.5, 0.2, 1.0], "rescale": True},
+        {"weight": [1.0, 0.5, 2.0], "density": [0.5, 0.0, 1.0], "scope": "global"},
+    ],
+    "breadcrumbs": [
+        {"weight": 1.0, "density": 0.8, "gamma": 0.05},
+        {"weight": [1.0, -0.5, 2.0], "density": [0.3, 0.999, 1.0], "gamma": [0.2, 0.1, 0.1], "normalize": True},
+        {"weight": 0.5, "density": 0.4, "gamma": 0.3, "rescale": True, "lambda": 0.6},
+    ],
+    "breadcrumbs_ties": [
+        {"weight": 1.0, "density": 0.8, "gamma": 0.05},
+        {"weight": [1.0, 0.5, 2.0], "density": [0.3, 0.0, 1.0], "gamma": [0.2, 0.1, 0.1], "normalize": True},
+        {"weight": 0.5, "density": 0.4, "gamma": 0.3, "rescale": True, "lambda": 0.6},
+    ],
+    "dare_linear": [
+        {"weight": 1.0, "density": 0.4},
+        {"weight": [0.3, -0.4, 1.5], "density": [0.5, 0.9, 1.0], "rescale_by": "norm", "lambda": 0.5},
+        {"weight": [0.3, 0.4, 1.5], "density": [0.5, 0.0, 0.2], "rescale": False, "normalize": True},
+    ],
+    "dare_ties": [
+        {"weight": 1.0, "density": 0.4},
+        {"weight": [0.3, -0.4, 1.5], "density": [0.5, 0.9, 1.0], "rescale_by": "norm", "lambda": 0.5},
+        {"weight": [0.3, 0.4, 1.5], "density": [0.5, 0.0, 0.2], "rescale": False, "normalize": True},
+    ],
+    "della_linear": [
+        {"weight": 1.0, "density": 0.4},
+        {"weight": [0.3, -0.4, 1.5], "density": [0.5, 0.8, 1.0], "epsilon": [0.4, 0.1, 0.2], "rescale_by": "norm"},
+        {"weight": [0.3, 0.4, 1.5], "density": 0.6, "rescale": False, "normalize": True, "lambda": 2.0},
+    ],
+    "della": [
+        {"weight": 1.0, "density": 0.4},
+        {"weight": [0.3, -0.4, 1.5], "density": [0.5, 0.8, 1.0], "epsilon": [0.4, 0.1, 0.2], "rescale_by": "norm"},
+        {"weight": [0.3, 0.4, 1.5], "density": 0.6, "rescale": False, "normalize": False, "lambda": 2.0},
+    ],
+    "slerp": [{"t": 0.0}, {"t": 0.3}, {"t": 1.0}],
+    "nuslerp": [
+        {"weight": [0.3, 0.9]},
+        {"weight": [1.0, -1.0]},
+        {"weight": [0.3, 0.9], "nuslerp_flatten": False},
+        {"weight": [0.7, 0.5], "nuslerp_flatten": False, "nuslerp_row_wise": True},
+    ],
+    "multislerp": [
+        {"weight": 1.0},
+        {"weight": [0.2, 0.5, 1.7]},
+        {"weight": [0.2, 0.5, 1.7], "normalize_weights": False, "eps": 1e-3},
+    ],
+    "karcher": [{}, {"weight": [0.2, 0.5, 1.7]}, {"max_iter": 1}],
+    "model_stock": [{}, {"filter_wise": True}],
+    "sce": [{}, {"select_topk": 0.3}, {"select_topk": 0.0}],
+    "arcee_fusion": [{}],
+    "nearswap": [{"t": 0.1}, {"t": 0.0}, {"t": 1e-4}],
+    "ram": [{}, {"epsilon": 0.2}],
+    "ramplus_tl": [{}, {"epsilon": 0.2, "r": 0.5, "alpha": 0.9}, {"epsilon": 0.4, "r": -0.3, "alpha": 0.4}],
+}
+
+
+def count_of(method: Method) -> int:
+    """How many models to give it."""
+    return method.max_models or max(3, method.min_models)
+
+
+def parameters_of(method: Method) -> dict[str, Any]:
+    """The first of the method's settings; for a method without, a value for each required parameter."""
+    if method.name in SETTINGS:
+        return SETTINGS[method.name][0]
+    required = [parameter for parameter in method.parameters.values() if parameter.default is REQUIRED]
+    return {p.name: p.choices[0] if p.choices else p.type(0.5 if p.low is None else p.low) for p in required}
+
+
+def masks_of(name: str, base: Array, models: list[Array], seed: int = 0, **parameters: Any) -> list[Array]:
+    """What a random method kept, seen from outside: each model alone on a base of zeros, nothing rescaled."""
+    taus = [np.asarray(task_vector(model, base), np.float32) for model in models]
+    kept = {key: value for key, value in parameters.items() if key in ("density", "epsilon", "key", "chunk", "backend")}
+    masks = []
+    for i in range(len(taus)):
+        alone = [float(i == j) for j in range(len(taus))]
+        result = merging.apply(
+            name, np.zeros_like(base), taus, seed=seed, weight=alone, rescale=False, normalize=False, **kept
+        )
+        masks.append(result != 0)
+    return masks
