@@ -1,8 +1,8 @@
 """Checkpoint: a lazy, read-only view of a safetensors folder or hub id; CheckpointWriter: its sharded counterpart.
 
 Only headers are read on opening, and everything they claim is checked against the file before a byte is trusted.
-Tensors are read by `pread` into the caller's buffer: a file that shrinks or fails under us is then an error in one line,
-where a memory map would end the process with a bus error.
+Tensors are read by `pread` into the caller's buffer: a file that shrinks or fails under us is then an error in one
+line, where a memory map would end the process with a bus error.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -80,8 +80,8 @@ class Checkpoint:
     @property
     def config(self) -> dict[str, Any]:
         """config.json of the transformer part; empty where there is none."""
-        folders = ["", *_module_folders(self.path)]
-        file = next((f for f in (self.path / folder / "config.json" for folder in folders) if f.is_file()), None)
+        files = (self.path / folder / "config.json" for folder in module_folders(self.path))
+        file = next((file for file in files if file.is_file()), None)
         return read_json(file) if file else {}
 
     @property
@@ -152,11 +152,15 @@ def locate(path: str, revision: str | None = None, relative_to: Path | None = No
     Raises:
         CheckpointError: neither a folder nor a model that the hub (or its cache, when offline) has.
     """
-    for folder in (Path(path), *([relative_to / path] if relative_to else [])):
-        if folder.is_dir():
-            return folder.resolve()
-        if folder.is_file():
-            raise CheckpointError("is a file, not a model's folder", where=path, mend="name the folder it lies in")
+    home = os.path.expanduser(path)
+    try:
+        for folder in (Path(home), *([relative_to / home] if relative_to else [])):
+            if folder.is_dir():
+                return folder.resolve()
+            if folder.is_file():
+                raise CheckpointError("is a file, not a model's folder", where=path, mend="name the folder it lies in")
+    except OSError as error:  # a folder on the way that may not be entered, a name that is too long
+        raise CheckpointError(f"cannot be opened: {error.strerror}", where=path) from error
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
         raise CheckpointError("no such folder", where=path, mend="give a model's folder or a hub id 'owner/name'")
     try:
@@ -180,10 +184,15 @@ def scan_folder(folder: Path) -> dict[str, TensorInfo]:
         CheckpointError: no safetensors weights, or any file that fails `read_header`.
     """
     tensors: dict[str, TensorInfo] = {}
-    for part in dict.fromkeys(["", *_module_folders(folder)]):
-        for info in _scan_part(folder / part):
-            name = f"{part}/{info.name}" if part else info.name
-            tensors[name] = TensorInfo(name, info.dtype, info.shape, info.file, info.offset, info.nbytes)
+    try:
+        for part in module_folders(folder):
+            for info in _scan_part(folder / part):
+                name = f"{part}/{info.name}" if part else info.name
+                if name in tensors:
+                    raise CheckpointError(f"'{name[:80]}' lies in {tensors[name].file.name} too", where=str(info.file))
+                tensors[name] = replace(info, name=name) if part else info
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(error.filename or folder)) from error
     if not tensors:
         if (folder / "adapter_config.json").is_file():
             raise CheckpointError(
@@ -195,8 +204,28 @@ def scan_folder(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def module_folders(folder: Path) -> list[str]:
+    """Where a model's weights may lie: "" (the folder itself), then the sub-folders that its modules.json names.
+
+    Raises:
+        CheckpointError: modules.json cannot be read, or a path leads out of the folder.
+    """
+    file = folder / "modules.json"
+    if not file.is_file():
+        return [""]
+    try:
+        paths = [str(module["path"]) for module in json.loads(file.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"cannot be read ({type(error).__name__})", where=str(file)) from error
+    for path in paths:
+        inside(folder, path)
+    return list(dict.fromkeys(["", *(str(PurePosixPath(path)) for path in paths if path not in ("", "."))]))
+
+
 def read_header(file: Path) -> list[TensorInfo]:
     """The tensors of one safetensors file, in file order, every claim of its header checked.
+
+    Whatever passes, the safetensors library reads too.
 
     Raises:
         CheckpointError: truncated file, malformed header, unknown dtype, or offsets that overlap, leave holes,
@@ -214,19 +243,21 @@ def read_header(file: Path) -> list[TensorInfo]:
                 raise fail(f"truncated, or no safetensors file: a header of {length:,} bytes in {size:,} bytes")
             if length > MAX_HEADER:
                 raise fail(f"a header of {length:,} bytes is over the format's limit of {MAX_HEADER:,}")
-            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
+            text = stream.read(length).decode("utf-8")
+            header = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except OSError as error:
         raise fail(f"cannot read: {error.strerror}", "check the path and its permissions") from error
     except (ValueError, RecursionError) as error:
         raise fail(f"malformed header ({str(error)[:80]})") from error
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or not text.startswith("{"):
         raise fail("malformed header (no JSON object)")
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict | None) or not all(isinstance(v, str) for v in (metadata or {}).values()):
+        raise fail("malformed header: its __metadata__ must be texts by name")
 
     tensors = []
     data = 8 + length
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             numbers = [*shape, begin, end]
@@ -238,15 +269,16 @@ def read_header(file: Path) -> list[TensorInfo]:
             raise fail(
                 f"'{name[:80]}' has the unknown dtype {str(dtype)[:40]!r}", "save it in float32, float16 or bfloat16"
             )
-        if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
-            raise fail(f"header lies: '{name[:80]}' of shape {shape} {dtype} does not fill its {end - begin:,} bytes")
+        if end - begin != _nbytes(shape, dtype):
+            shown = str(shape) if len(shape) <= 8 else f"of {len(shape)} dimensions"
+            raise fail(f"header lies: '{name[:80]}' of shape {shown} {dtype} does not fill its {end - begin:,} bytes")
         tensors.append(TensorInfo(name, dtype, tuple(shape), file, data + begin, end - begin))
     tensors.sort(key=lambda info: (info.offset, info.nbytes))
     position = data
     for info in tensors:
         if info.offset != position:
             raise fail(
-                f"header lies: '{info.name[:80]}' starts at byte {info.offset:,}, the one before it ends at {position:,}"
+                f"header lies: '{info.name[:80]}' starts at byte {info.offset:,}, what precedes it ends at {position:,}"
             )
         position += info.nbytes
     if position != size:
@@ -286,22 +318,23 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         raise ValueError("a name occurs twice")
+    for name in value:
+        name.encode("utf-8")  # half of a surrogate pair is a ValueError here, and would be one in the output
     return value
 
 
-def _module_folders(folder: Path) -> list[str]:
-    """Sub-folders that sentence-transformers' modules.json names."""
-    file = folder / "modules.json"
-    if not file.is_file():
-        return []
-    try:
-        modules = json.loads(file.read_text(encoding="utf-8"))
-        paths = [module["path"] for module in modules]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"cannot be read ({type(error).__name__})", where=str(file)) from error
-    for path in paths:
-        inside(folder, str(path))
-    return [str(PurePosixPath(path)) for path in paths if path and path != "."]
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _nbytes(shape: Sequence[int], dtype: str) -> int | None:
+    """Bytes of a tensor; None beyond 2⁶², so that a hostile shape costs no time."""
+    nbytes = DTYPE_BYTES[dtype]
+    for length in shape:
+        nbytes *= length
+        if nbytes >= 1 << 62:
+            return None
+    return nbytes
 
 
 def _scan_part(folder: Path) -> Iterator[TensorInfo]:
@@ -343,7 +376,8 @@ def _scan_shards(folder: Path, index: Path) -> Iterator[TensorInfo]:
         if not file.is_file():
             raise CheckpointError(f"names '{name}', which is missing", where=str(index), mend="fetch the model again")
         for info in read_header(file):
-            if listed.pop(info.name, None) == name:
+            if listed.get(info.name) == name:  # not what another shard holds under that name
+                del listed[info.name]
                 yield info
     if listed:
         missing = next(iter(listed))
@@ -354,24 +388,32 @@ class CheckpointWriter:
     """Lays tensors out in preallocated safetensors shards; any thread then writes any byte range of any tensor.
 
     Args:
-        folder: where the shards go; tensors named `part/name` go to that sub-folder.
+        folder: where the shards go.
         tensors: (name, dtype, shape) in the order they shall lie in.
         shard_size: bytes of data per shard at most (a single tensor may exceed it).
+        parts: sub-folders of modules; a tensor named `part/name` goes to that one. Any other `/` is a letter like all
+            others: no tensor's name chooses where we write.
 
     Raises:
         MergeError: a file cannot be created, or the disk is full.
     """
 
-    def __init__(self, folder: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], shard_size: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+        shard_size: int,
+        parts: Sequence[str] = (),
+    ) -> None:
         self.bytes = 0
         self._places: dict[str, tuple[int, int]] = {}  # name -> (file handle, offset)
         self._handles: list[int] = []
-        parts: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
+        of_part: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {}
         for name, dtype, shape in tensors:
-            part, _, local = name.rpartition("/")
-            parts.setdefault(part, []).append((local, dtype, shape))
+            part = max((part for part in parts if part and name.startswith(f"{part}/")), key=len, default="")
+            of_part.setdefault(part, []).append((name[len(part) + 1 :] if part else name, dtype, shape))
         try:
-            for part, entries in parts.items():
+            for part, entries in of_part.items():
                 self._lay_out(folder / part, part, entries, shard_size)
         except OSError as error:
             self.close()
@@ -385,9 +427,7 @@ class CheckpointWriter:
         """
         handle, offset = self._places[name]
         try:
-            while data:
-                done = os.pwrite(handle, data, offset + start)
-                data, start = data[done:], start + done
+            _write_all(handle, data, offset + start)
         except OSError as error:
             raise MergeError(f"cannot write: {error.strerror}", where=name) from error
 
@@ -435,11 +475,17 @@ class CheckpointWriter:
         self._handles.append(handle)
         start = 8 + len(text)
         preallocate(handle, start + position)
-        os.pwrite(handle, len(text).to_bytes(8, "little") + text, 0)
+        _write_all(handle, memoryview(len(text).to_bytes(8, "little") + text), 0)
         prefix = f"{part}/" if part else ""
         for name, *_ in shard:
             self._places[prefix + name] = (handle, start + header[name]["data_offsets"][0])
         return position
+
+
+def _write_all(handle: int, data: memoryview, position: int) -> None:
+    while data:  # a nearly full disk may take a part only
+        done = os.pwrite(handle, data, position)
+        data, position = data[done:], position + done
 
 
 def preallocate(handle: int, size: int) -> None:

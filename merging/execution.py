@@ -57,7 +57,7 @@ class Execution:
         steps = self.plan.steps
         with threadpool_limits(1, "blas"):
             surveys = self._survey([s for s in steps if s.method.survey and s.action == "merge"])
-            writer = CheckpointWriter(staging, [(s.name, s.dtype, s.shape) for s in steps], shard_size)
+            writer = CheckpointWriter(staging, [(s.name, s.dtype, s.shape) for s in steps], shard_size, self.plan.parts)
             try:
                 self._each(_large_first(steps, self.threads), lambda step: self._write(step, writer, surveys))
             finally:
@@ -164,7 +164,7 @@ class Execution:
             if self.failed.is_set():
                 return
             if inputs.kernels.on_host and step.dtype == "F32":
-                raw = np.ascontiguousarray(values, np.float32).view(np.uint8)
+                raw = values.view(np.uint8)
                 finite = inputs.kernels.finite(values)
             else:
                 raw = inputs.workspace.raw((chunk.stop - chunk.start) * size)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 #: A chunk's values: float32, on whatever device the kernels run (numpy or torch).
 Values: TypeAlias = Any
-CACHE_BYTES = 768 * 1024  # what one chunk of all models may take on the CPU: a second-level cache, with some room
+CACHE_BYTES = 3 << 20  # what one chunk of all models takes on the CPU: small enough for the cache, worth its overhead
 
 
 class Tensor(Protocol):
@@ -46,7 +46,7 @@ class Workspace:
     def __init__(self, kernels: Any, capacity: int = CACHE_BYTES // 4) -> None:
         self.kernels, self.capacity = kernels, capacity
         self._floats: Values = None
-        self._raw = np.empty(0, np.uint8)
+        self._raw = kernels.host_buffer(0)
 
     def floats(self, count: int) -> Values:
         """A flat buffer of at least `count` float32."""
@@ -57,8 +57,8 @@ class Workspace:
     def raw(self, nbytes: int) -> NDArray[np.uint8]:
         """A host buffer of exactly `nbytes` bytes."""
         if len(self._raw) < nbytes:
-            self._raw = np.empty(max(nbytes, 1 << 18), np.uint8)
-        return self._raw[:nbytes]
+            self._raw = self.kernels.host_buffer(max(nbytes, 1 << 18))
+        return np.asarray(self._raw[:nbytes])
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Inputs:
         Raises:
             NonFinite: a value is NaN or infinite.
         """
-        columns = max(columns, self.columns if self._whole_rows else 1, 1)
+        columns = max(columns, self.filter_size if self._whole_rows else 1, 1)
         has_base = self.base is not None
         rows = len(self.models) + has_base
         size = max(1, self.workspace.capacity // ((rows + 1) * columns)) * columns
@@ -234,7 +234,7 @@ class Inputs:
     def apply(self, final: Final) -> Iterator[tuple[Chunk, Values]]:
         """Runs the last pass: each chunk and its merged values."""
         for chunk in self.chunks(final.columns):
-            yield chunk, final.run(chunk)
+            yield chunk, self.kernels.narrow(final.run(chunk))
 
     def _vector(self, weights: Sequence[float]) -> Values:
         return self.kernels.vector(weights)

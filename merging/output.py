@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from merging.errors import CuveeError
 
-_LOCK = ".lock"
-_ABANDONED_SECONDS = 600  # a staging folder without a lock file is someone's who just began, or was killed long ago
+# A run's own folder `.OUT.partial-…` beside OUT holds these, and goes when the run ends. The lock lies in it for as long
+# as the run lives, so that whoever finds the folder can tell a run at work from one that was killed.
+_LOCK, _NEW, _OLD = "lock", "new", "old"
+_ABANDONED_SECONDS = 600  # without a lock file: someone's who just began, or was killed in his first moment
 
 
 @contextmanager
 def staged(out: Path, *, force: bool = False, marker: str = "cuvee.json") -> Iterator[Path]:
     """A fresh folder beside `out` that becomes `out` when the block ends well, and goes when it raises.
 
-    What earlier, killed runs left beside `out` is removed; a lock tells theirs from that of a run at work.
+    What earlier, killed runs left beside `out` is removed; an earlier output that one of them had just set aside is put
+    back first. A lock tells theirs from that of a run at work.
 
     Args:
         force: replace an existing `out`; only if it is empty or holds `marker`, so that no slip deletes a home folder.
@@ -31,26 +35,31 @@ def staged(out: Path, *, force: bool = False, marker: str = "cuvee.json") -> Ite
     """
     out = Path(os.path.abspath(out))
     refuse_existing(out, force=force, marker=marker)
+    missing = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(out)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        refuse_existing(out, force=force, marker=marker)
+        run = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        lock = os.open(run / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise CuveeError(
             f"cannot write: {error.strerror}", where=str(out.parent), mend="choose another folder"
         ) from error
-    lock = os.open(staging / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        staging.chmod(0o777 & ~_umask())
-        yield staging
-        (staging / _LOCK).unlink()
-        _put_in_place(staging, out, force=force, marker=marker)
+        (run / _NEW).mkdir()
+        yield run / _NEW
+        refuse_existing(out, force=force, marker=marker)
+        _put_in_place(run, out)
     except OSError as error:
         raise CuveeError(f"cannot write: {error.strerror}", where=str(error.filename or out)) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(run, ignore_errors=True)
         os.close(lock)
+        with suppress(OSError):  # up to the first that is not empty: where all went well, that is the first
+            for folder in missing:
+                folder.rmdir()
 
 
 def refuse_existing(out: Path, *, force: bool, marker: str = "cuvee.json") -> None:
@@ -59,49 +68,51 @@ def refuse_existing(out: Path, *, force: bool, marker: str = "cuvee.json") -> No
     Raises:
         CuveeError: `out` exists and may not be replaced.
     """
-    if not out.exists() and not out.is_symlink():
-        return
-    if not force:
-        raise CuveeError("exists already", where=str(out), mend="choose another folder, or add --force to replace it")
-    if out.is_symlink() or not out.is_dir():
-        raise CuveeError("is no folder", where=str(out), mend="choose another name")
-    if any(out.iterdir()) and not (out / marker).is_file():
-        raise CuveeError(f"holds no {marker}, so it is none of our outputs", where=str(out), mend="remove it yourself")
+    try:
+        if not os.path.lexists(out):
+            return
+        if not force:
+            mend = "choose another folder, or add --force to replace it"
+            raise CuveeError("exists already", where=str(out), mend=mend)
+        if out.is_symlink() or not out.is_dir():
+            raise CuveeError("is no folder", where=str(out), mend="choose another name")
+        if any(out.iterdir()) and not (out / marker).is_file():
+            raise CuveeError(
+                f"holds no {marker}, so it is none of our outputs", where=str(out), mend="remove it yourself"
+            )
+    except OSError as error:
+        raise CuveeError(f"cannot be looked into: {error.strerror}", where=str(out)) from error
 
 
-def _put_in_place(staging: Path, out: Path, *, force: bool, marker: str) -> None:
-    refuse_existing(out, force=force, marker=marker)
-    if not out.exists():
-        os.rename(staging, out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent)) / out.name
-    os.rename(out, old)
-    os.rename(staging, out)
-    shutil.rmtree(old.parent, ignore_errors=True)
+def _put_in_place(run: Path, out: Path) -> None:
+    if out.exists():
+        os.rename(out, run / _OLD)
+    try:
+        os.rename(run / _NEW, out)
+    except OSError:
+        _put_back(run, out)
+        raise
+
+
+def _put_back(run: Path, out: Path) -> None:
+    if (run / _OLD).exists() and not os.path.lexists(out):
+        os.rename(run / _OLD, out)
 
 
 def _remove_abandoned(out: Path) -> None:
-    for folder in out.parent.glob(f".{_escaped(out.name)}.partial-*"):
+    for run in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
         try:
-            lock = os.open(folder / _LOCK, os.O_RDWR)
+            lock = os.open(run / _LOCK, os.O_RDWR)
         except OSError:
-            if time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                if time.time() - run.stat().st_mtime > _ABANDONED_SECONDS:
+                    shutil.rmtree(run, ignore_errors=True)
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
+            _put_back(run, out)
+            shutil.rmtree(run, ignore_errors=True)
         except OSError:
             pass  # a run at work holds it
         finally:
             os.close(lock)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

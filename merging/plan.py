@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from merging import layers, methods
-from merging.checkpoint import DTYPE_BYTES, FLOATING, TensorInfo
+from merging.checkpoint import DTYPE_BYTES, FLOATING, TensorInfo, module_folders
 from merging.errors import MergeError
 from merging.methods import Method
 from merging.recipe import Recipe
@@ -54,10 +54,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """All steps in the order of the donor's file, and one line for each thing the user should know."""
+    """All steps in the order of the donor's file, and one line for each thing the user should know.
+
+    Attributes:
+        parts: sub-folders of the result that hold weights of their own, see `CheckpointWriter`.
+    """
 
     steps: tuple[Step, ...]
     notes: tuple[str, ...]
+    parts: tuple[str, ...] = ()
 
 
 def make_plan(recipe: Recipe, method: Method, models: Sequence[View], base: View | None) -> Plan:
@@ -100,7 +105,7 @@ def make_plan(recipe: Recipe, method: Method, models: Sequence[View], base: View
     if dropped:
         notes.append(f"dropped {_named(dropped)}, which only some models have")
     unmatched = recipe.unmatched(names)
-    return Plan(tuple(steps), (*notes, *unmatched))
+    return Plan(tuple(steps), (*notes, *unmatched), tuple(module_folders(lead.checkpoint.path)))
 
 
 def _step(
@@ -118,6 +123,9 @@ def _step(
     pair = (base, base_info) if base and base_info else None
     everyone = holders + ([pair] if pair else [])
     first = everyone[0][1]
+    for view, info in everyone:
+        if info.shape != first.shape:
+            raise _shape_error(name, everyone[0][0], first, view, info)
     if any(info.dtype not in FLOATING for _, info in everyone):
         mixed = next((info for _, info in everyone if info.dtype != first.dtype), None)
         if mixed:
@@ -125,9 +133,6 @@ def _step(
                 f"'{name}' is {first.dtype} in one model and {mixed.dtype} in another", where=str(mixed.file)
             )
         return Step(name, first.shape, first.dtype, tuple(holders), pair, method, {}, "copy")
-    for view, info in everyone:
-        if info.shape != first.shape:
-            raise _shape_error(name, everyone[0][0], first, view, info)
     dtype = wanted or max((info.dtype for _, info in everyone), key=lambda d: _WIDTH[d])
     if wanted is None and {"F16", "BF16"} <= {info.dtype for _, info in everyone}:
         dtype = "F32"

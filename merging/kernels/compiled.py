@@ -17,7 +17,9 @@ from merging.kernels import reference
 from merging.kernels.reference import (
     Floats,
     empty,
+    host_buffer,
     l1,
+    narrow,
     on_host,
     rank_probabilities,
     row_gram,
@@ -28,8 +30,30 @@ from merging.kernels.reference import (
 )
 
 __all__ = [
-    "combine", "drop", "drop_above", "drop_by_rank", "elect", "empty", "fine_histogram", "finite", "gram",
-    "histogram", "keep_above", "l1", "load", "on_host", "row_gram", "split_ties", "store", "to_host", "uniform_bits", "vector", "xp",
+    "combine",
+    "drop",
+    "drop_above",
+    "drop_by_rank",
+    "elect",
+    "empty",
+    "fine_histogram",
+    "finite",
+    "gram",
+    "histogram",
+    "host_buffer",
+    "keep_above",
+    "l1",
+    "load",
+    "narrow",
+    "on_host",
+    "row_gram",
+    "sign_counts",
+    "split_ties",
+    "store",
+    "to_host",
+    "uniform_bits",
+    "vector",
+    "xp",
 ]  # fmt: skip
 
 _LANE = 1024  # elements per inner block: the temporaries of a block stay in the first-level cache
@@ -302,3 +326,35 @@ def elect(deltas, weights, normalize, out):
         if normalize:
             for i in range(block.size):
                 block[i] /= np.float32(1) if divisor[i] == 0 else divisor[i]
+
+
+@_compile(void(float32[:, ::1], int64[:, ::1]))
+def sign_counts(values, counts):
+    count, size = values.shape
+    total = np.empty(_LANE, np.float32)
+    for start in range(0, size, _LANE):
+        length = min(_LANE, size - start)
+        row = values[0, start : start + _LANE]
+        for i in range(length):
+            total[i] = row[i]
+        for k in range(1, count):
+            row = values[k, start : start + _LANE]
+            for i in range(length):
+                total[i] += row[i]
+        for k in range(count):
+            row = values[k, start : start + _LANE]
+            moved = np.uint32(0)  # 32 bits, so that the loops count in vectors
+            against = np.uint32(0)
+            for i in range(length):
+                moved += np.uint32(row[i] != 0)
+                upward = total[i] >= 0
+                against += np.uint32((upward & (row[i] < 0)) | (~upward & (row[i] > 0)))
+            counts[k, k] += moved
+            counts[k, count] += against
+            for other in range(k + 1, count):
+                second = values[other, start : start + _LANE]
+                opposite = np.uint32(0)
+                for i in range(length):
+                    v, w = row[i], second[i]
+                    opposite += np.uint32(((v > 0) & (w < 0)) | ((v < 0) & (w > 0)))
+                counts[k, other] += opposite

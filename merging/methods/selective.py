@@ -73,7 +73,7 @@ def arcee_fusion(x: Inputs) -> Final:
     The row divergence is KL(softmax(θ₁) ‖ softmax(θ₀)) along the last dimension. Quantiles are exact, where mergekit samples
     a million values of a larger tensor.
     """
-    kernels, xp = x.kernels, x.kernels.xp
+    _kernels, xp = x.kernels, x.kernels.xp
 
     def importance(chunk: Chunk) -> Values:
         rows, base = (xp.asarray(v, dtype=xp.float64).reshape(-1, x.columns) for v in (chunk.models[0], chunk.base))
@@ -113,7 +113,9 @@ def ramplus_tl(x: Inputs, *, r: float = 0.1, alpha: Positive = 0.2, epsilon: Pos
 
     def overlaps(chunk: Chunk) -> np.ndarray:
         moved, counts = _moved(chunk.deltas(), epsilon)
-        return np.asarray([[int(((m != 0) & (counts > 1)).sum()), int(((m != 0) & (counts == 1)).sum())] for m in moved])
+        return np.asarray(
+            [[int(((m != 0) & (counts > 1)).sum()), int(((m != 0) & (counts == 1)).sum())] for m in moved]
+        )
 
     shared, unique = (x.total(overlaps) if x.numel else np.zeros((len(x.models), 2))).T
     boost = x.kernels.vector(1 + r * np.clip(shared / np.maximum(unique, 1), 0, alpha))

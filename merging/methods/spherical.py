@@ -145,7 +145,7 @@ def _centre(gram: NDArray[np.float64], weights: NDArray[np.float64], max_iter: i
             break
         mean = math.cos(step) * mean + math.sin(step) / step * tangent
         mean = mean / norm(mean)
-    return mean
+    return np.asarray(mean)
 
 
 def _arc(gram: NDArray[np.float64], t: float) -> Sequence[NDArray[np.float64]]:

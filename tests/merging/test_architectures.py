@@ -1,4 +1,4 @@
-"""Every method on small checkpoints of every architecture: the result loads in its class and holds the right numbers."""
+"""Every method on small checkpoints of every architecture: the result loads in its class and holds what it should."""
 
 from __future__ import annotations
 
