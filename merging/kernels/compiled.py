@@ -358,35 +358,3 @@ def sign_counts(values, counts):
                     v, w = row[i], second[i]
                     opposite += np.uint32(((v > 0) & (w < 0)) | ((v < 0) & (w > 0)))
                 counts[k, other] += opposite
-
-
-@_compile(void(float32[:, ::1], int64[:, ::1]))
-def sign_counts(values, counts):
-    count, size = values.shape
-    total = np.empty(_LANE, np.float32)
-    for start in range(0, size, _LANE):
-        length = min(_LANE, size - start)
-        row = values[0, start : start + _LANE]
-        for i in range(length):
-            total[i] = row[i]
-        for k in range(1, count):
-            row = values[k, start : start + _LANE]
-            for i in range(length):
-                total[i] += row[i]
-        for k in range(count):
-            row = values[k, start : start + _LANE]
-            moved = np.uint32(0)  # 32 bits, so that the loops count in vectors
-            against = np.uint32(0)
-            for i in range(length):
-                moved += np.uint32(row[i] != 0)
-                upward = total[i] >= 0
-                against += np.uint32((upward & (row[i] < 0)) | (~upward & (row[i] > 0)))
-            counts[k, k] += moved
-            counts[k, count] += against
-            for other in range(k + 1, count):
-                second = values[other, start : start + _LANE]
-                opposite = np.uint32(0)
-                for i in range(length):
-                    v, w = row[i], second[i]
-                    opposite += np.uint32(((v > 0) & (w < 0)) | ((v < 0) & (w > 0)))
-                counts[k, other] += opposite

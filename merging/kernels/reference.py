@@ -206,23 +206,6 @@ def sign_counts(values: Floats, counts: NDArray[np.int64]) -> None:
             counts[i, j] += np.count_nonzero((positive[i] & negative[j]) | (negative[i] & positive[j]))
 
 
-def sign_counts(values: Floats, counts: NDArray[np.int64]) -> None:
-    """Adds to `counts` (k, k + 1) what the signs of the rows of (k, n) say, coordinate by coordinate.
-
-    On the diagonal: entries that are not 0; above it, at (i, j): where one of the rows is positive and the other negative;
-    in the last column: entries whose sign is not that of the sum of all rows, a sum of 0 counting as positive.
-    """
-    positive, negative = values > 0, values < 0
-    total = values[0].copy()
-    for row in values[1:]:
-        total += row
-    counts[:, -1] += np.count_nonzero(np.where(total >= 0, negative, positive), axis=1)
-    for i, row in enumerate(values):
-        counts[i, i] += np.count_nonzero(row)
-        for j in range(i + 1, len(values)):
-            counts[i, j] += np.count_nonzero((positive[i] & negative[j]) | (negative[i] & positive[j]))
-
-
 def vector(weights: Any) -> Floats:
     """Coefficients as a float32 vector where the kernels want it."""
     return np.asarray(weights, np.float32)
