@@ -138,13 +138,7 @@ class Execution:
             elif inputs.numel:
                 self._merge(step, inputs, tensors, writer, digest)
         except NonFinite as error:
-            place = tensors[error.index]
-            if len(tensors) < 2 or not same_bytes(tensors) or place.info.dtype != step.dtype:
-                raise MergeError(
-                    f"'{step.name}' holds NaN or infinite values",
-                    where=str(place.info.file),
-                    mend="that model is damaged; 'cuvee inspect' counts them",
-                ) from None
+            _refuse_unless_copied(step, tensors, error)
             digest = xxhash.xxh3_128()
             self._copy(step, tensors[:1], writer, digest)
         with self.lock:
@@ -194,11 +188,23 @@ class Execution:
 
 
 def _finite(step: Step, tensors: list[FileTensor], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What the function returns; None for a tensor that will be copied, since all models hold the same of it."""
     try:
         return function(*args, **kwargs)
     except NonFinite as error:
-        where = str(tensors[error.index].info.file)
-        raise MergeError(f"'{step.name}' holds NaN or infinite values", where=where) from None
+        _refuse_unless_copied(step, tensors, error)
+        return None
+
+
+def _refuse_unless_copied(step: Step, tensors: list[FileTensor], error: NonFinite) -> None:
+    """A buffer may hold -inf (a mask, say), if it is the same in all models."""
+    place = tensors[error.index]
+    if len(tensors) < 2 or not same_bytes(tensors) or place.info.dtype != step.dtype:
+        raise MergeError(
+            f"'{step.name}' holds NaN or infinite values",
+            where=str(place.info.file),
+            mend="that model is damaged; 'cuvee inspect' counts them",
+        ) from None
 
 
 def _large_first(steps: Sequence[Step], threads: int) -> list[Step]:

@@ -7,17 +7,15 @@ import glob
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from merging.errors import CuveeError
 
-# A run's own folder `.OUT.partial-…` beside OUT holds these, and goes when the run ends. The lock lies in it for as long
-# as the run lives, so that whoever finds the folder can tell a run at work from one that was killed.
+# A run's own folder `.OUT.partial-…` beside OUT holds these, and goes when the run ends. The lock file is the first to
+# come and the last to go, so that whoever finds the folder can tell a run at work from one that was killed.
 _LOCK, _NEW, _OLD = "lock", "new", "old"
-_ABANDONED_SECONDS = 600  # without a lock file: someone's who just began, or was killed in his first moment
 
 
 @contextmanager
@@ -35,19 +33,17 @@ def staged(out: Path, *, force: bool = False, marker: str = "cuvee.json") -> Ite
     """
     out = Path(os.path.abspath(out))
     refuse_existing(out, force=force, marker=marker)
-    missing = [folder for folder in out.parents if not folder.exists()]
+    missing = [folder for folder in out.parents if not os.path.exists(folder)]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(out)
         refuse_existing(out, force=force, marker=marker)
-        run = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-        lock = os.open(run / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        run, lock = _begin(out)
     except OSError as error:
         raise CuveeError(
             f"cannot write: {error.strerror}", where=str(out.parent), mend="choose another folder"
         ) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         (run / _NEW).mkdir()
         yield run / _NEW
         refuse_existing(out, force=force, marker=marker)
@@ -55,7 +51,7 @@ def staged(out: Path, *, force: bool = False, marker: str = "cuvee.json") -> Ite
     except OSError as error:
         raise CuveeError(f"cannot write: {error.strerror}", where=str(error.filename or out)) from error
     finally:
-        shutil.rmtree(run, ignore_errors=True)
+        _remove(run)
         os.close(lock)
         with suppress(OSError):  # up to the first that is not empty: where all went well, that is the first
             for folder in missing:
@@ -84,6 +80,26 @@ def refuse_existing(out: Path, *, force: bool, marker: str = "cuvee.json") -> No
         raise CuveeError(f"cannot be looked into: {error.strerror}", where=str(out)) from error
 
 
+def _begin(out: Path) -> tuple[Path, int]:
+    """The run's own folder, and the handle that holds its lock."""
+    while True:
+        run = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        with suppress(FileNotFoundError):  # another run was faster and took it for abandoned
+            lock = os.open(run / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock).st_nlink:
+                return run, lock
+            os.close(lock)
+
+
+def _remove(run: Path) -> None:
+    for name in (_NEW, _OLD):
+        shutil.rmtree(run / name, ignore_errors=True)
+    with suppress(OSError):
+        (run / _LOCK).unlink(missing_ok=True)
+        run.rmdir()
+
+
 def _put_in_place(run: Path, out: Path) -> None:
     if out.exists():
         os.rename(out, run / _OLD)
@@ -105,14 +121,10 @@ def _remove_abandoned(out: Path) -> None:
             lock = os.open(run / _LOCK, os.O_RDWR)
         except OSError:
             with suppress(OSError):
-                if time.time() - run.stat().st_mtime > _ABANDONED_SECONDS:
-                    shutil.rmtree(run, ignore_errors=True)
+                run.rmdir()  # killed in its first moment, or someone else's, which is not empty
             continue
-        try:
+        with suppress(OSError):  # a run at work holds it
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _put_back(run, out)
-            shutil.rmtree(run, ignore_errors=True)
-        except OSError:
-            pass  # a run at work holds it
-        finally:
-            os.close(lock)
+            _remove(run)
+        os.close(lock)

@@ -1,4 +1,4 @@
-"""A model as a recipe means it: a checkpoint, its adapter, and its tensors under the names that the other models use."""
+"""A model as a recipe means it: a checkpoint, its adapter, its tensors under the names that the other models use."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class View:
             self.tensors.update(adapter.additions)
         self.digests: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._prefix = ("", "")  # (ours, theirs): stored names start with ours where the plan's start with theirs
+        self._stored: dict[str, str] = {name: name for name in self.tensors}  # by the plan's name
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -60,30 +60,34 @@ class View:
         return cls(ref, checkpoint, Adapter.open(locate(ref.adapter, ref.adapter_revision, relative_to), checkpoint))
 
     def align(self, names: Iterable[str]) -> None:
-        """Learns how its names differ from `names` by a prefix (`model.`, `bert.` …), if at all."""
+        """Learns how its names differ from `names` by a prefix (`model.`, `bert.` …), if at all.
+
+        A name that both have keeps its meaning: a head beside a prefixed backbone bears none.
+        """
         others = set(names)
-        best = len(others & self.tensors.keys())
+        best, prefix = len(others & self.tensors.keys()), ("", "")
         if best * 2 >= min(len(others), len(self.tensors)):
             return
         candidates = [(f"{n.split('.')[0]}.", "") for n in self.tensors] + [("", f"{n.split('.')[0]}.") for n in others]
         for ours, theirs in dict.fromkeys(candidates):
             shared = sum(theirs + name.removeprefix(ours) in others for name in self.tensors if name.startswith(ours))
             if shared > best:
-                best, self._prefix = shared, (ours, theirs)
+                best, prefix = shared, (ours, theirs)
+        ours, theirs = prefix
+        self._stored.clear()
+        for name in self.tensors:
+            new = theirs + name.removeprefix(ours) if name.startswith(ours) else name
+            clear = new not in self.tensors and (new in others or name not in others)
+            self._stored[new if clear else name] = name
 
     def names(self) -> list[str]:
         """Its tensors under the plan's names, in file order."""
-        ours, theirs = self._prefix
-        return [theirs + n.removeprefix(ours) if n.startswith(ours) else n for n in self.tensors]
+        return list(self._stored)
 
     def find(self, name: str) -> TensorInfo | None:
         """The tensor of that name in the plan; a tied output head is the embedding."""
-        ours, theirs = self._prefix
-        stored = ours + name.removeprefix(theirs) if name.startswith(theirs) else name
-        info = self.tensors.get(stored) or self.tensors.get(name)
-        if info is None and (tied := self._tied(name)):
-            info = self.tensors.get(tied)
-        return info
+        stored = self._stored.get(name) or self._tied(name)
+        return self.tensors[stored] if stored else None
 
     def tensor(self, info: TensorInfo) -> FileTensor:
         correction = self.adapter.corrections.get(info.name) if self.adapter else None
