@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Annotated
 
 import numpy as np
 
@@ -24,13 +25,18 @@ def shares(weights: list[float]) -> list[float]:
 
 
 @method("linear", title="Linear", base="none", source="arXiv 2203.05482 (model soups)")
-def linear(x: Inputs, *, weight: PerModel[float], normalize: bool = True) -> Final:
+def linear(
+    x: Inputs,
+    *,
+    weight: Annotated[PerModel[float], "factor of the model"],
+    normalize: Annotated[bool, "divide by the sum of the weights"] = True,
+) -> Final:
     """Σ wᵢθᵢ, the weights divided by their sum if `normalize`."""
     return x.combine(shares(weight) if normalize else weight)
 
 
 @method("model_stock", title="Model Stock", base="required", models=(2, None), source="arXiv 2403.19522")
-def model_stock(x: Inputs, *, filter_wise: bool = False) -> Final:
+def model_stock(x: Inputs, *, filter_wise: Annotated[bool, "one ratio t for each row"] = False) -> Final:
     """t·mean(θᵢ) + (1 − t)·θ₀ with t = M·cosφ / (1 + (M − 1)·cosφ), cosφ the mean cosine between task vectors.
 
     With `filter_wise`, t is taken for each row of the last dimension by itself. Where the denominator vanishes the base is

@@ -94,8 +94,9 @@ def method(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers `function(inputs, *, parameters…)` as a merge method.
 
-    Keyword-only arguments become the recipe's parameters: `PerModel[float]` for one value per model, `Annotated` with
-    `Range` for bounds, `Literal` for choices, a trailing underscore for names that Python reserves (`lambda_`).
+    Keyword-only arguments become the recipe's parameters: `PerModel[float]` for one value per model, `Annotated` with a
+    `Range` for bounds and a text for the help, `Literal` for choices, a trailing underscore for names that Python reserves
+    (`lambda_`).
 
     Raises:
         MergeError: the name is taken and `replace` is not set.
@@ -136,6 +137,12 @@ def get(name: str) -> Method:
     return METHODS[name]
 
 
+def known() -> dict[str, Method]:
+    """All methods by name, those of installed packages included."""
+    _load_entry_points()
+    return METHODS
+
+
 def _load_entry_points() -> None:
     from importlib.metadata import entry_points
 
@@ -149,22 +156,29 @@ def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
     for argument in inspect.signature(function).parameters.values():
         if argument.kind is not argument.KEYWORD_ONLY:
             continue
-        kind, bounds, per_model, choices = hints[argument.name], Range(), False, ()
-        while get_origin(kind) is Annotated:
-            kind, *marks = get_args(kind)
-            per_model = per_model or any(isinstance(mark, _PerModel) for mark in marks)
-            bounds = next((mark for mark in marks if isinstance(mark, Range)), bounds)
-        if per_model:
-            (kind,) = get_args(kind)
-            while get_origin(kind) is Annotated:
-                kind, *marks = get_args(kind)
-                bounds = next((mark for mark in marks if isinstance(mark, Range)), bounds)
-        if get_origin(kind) is Literal:
-            kind, choices = str, get_args(kind)
+        kind, marks = _unwrapped(hints[argument.name])
+        bounds = next((mark for mark in marks if isinstance(mark, Range)), Range())
         name = argument.name.rstrip("_")
-        default = REQUIRED if argument.default is argument.empty else argument.default
-        parameters[name] = Parameter(name, kind, per_model, default, bounds.low, bounds.high, choices)
+        parameters[name] = Parameter(
+            name=name,
+            type=str if get_origin(kind) is Literal else kind,
+            per_model=any(isinstance(mark, _PerModel) for mark in marks),
+            default=REQUIRED if argument.default is argument.empty else argument.default,
+            low=bounds.low,
+            high=bounds.high,
+            choices=get_args(kind) if get_origin(kind) is Literal else (),
+            help=next((mark for mark in marks if isinstance(mark, str)), ""),
+        )
     return parameters
+
+
+def _unwrapped(hint: Any) -> tuple[Any, list[Any]]:
+    """The type of one value, and all that `Annotated` says of it, the outermost first."""
+    marks: list[Any] = []
+    while get_origin(hint) in (Annotated, list):
+        hint, *more = get_args(hint)
+        marks += more
+    return hint, marks
 
 
 def keywords(parameters: Mapping[str, Any]) -> dict[str, Any]:

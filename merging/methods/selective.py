@@ -10,10 +10,11 @@ from merging.inputs import Chunk, Final, Inputs, Trim, Values
 from merging.methods.registry import Range, method
 
 Positive = Annotated[float, Range(low=0)]
+Epsilon = Annotated[Positive, "entries up to this size count as not moved"]
 
 
 @method("nearswap", title="NearSwap", base="required", models=(1, 1), source="mergekit's `nearswap`")
-def nearswap(x: Inputs, *, t: Positive) -> Final:
+def nearswap(x: Inputs, *, t: Annotated[Positive, "how far a coordinate moves at most"]) -> Final:
     """Moves each coordinate of the base towards the other model by min(1, t / |difference|) of the way."""
 
     def formula(xp: Any, base: Values, models: Values) -> Values:
@@ -24,7 +25,9 @@ def nearswap(x: Inputs, *, t: Positive) -> Final:
 
 
 @method("sce", title="SCE", base="required", source="arXiv 2408.07990")
-def sce(x: Inputs, *, select_topk: Annotated[float, Range(0, 1)] = 1.0) -> Final:
+def sce(
+    x: Inputs, *, select_topk: Annotated[float, Range(0, 1), "share of the coordinates that is selected"] = 1.0
+) -> Final:
     """Select the coordinates of highest variance between task vectors, weigh models by energy, erase minority signs.
 
     `select_topk` is the share kept of the coordinates whose variance is not zero. A model's weight is the mean square of what
@@ -97,7 +100,7 @@ def arcee_fusion(x: Inputs) -> Final:
 
 
 @method("ram", title="Reinforced Agent Merging", base="required", source="arXiv 2601.13572")
-def ram(x: Inputs, *, epsilon: Positive = 1e-5) -> Final:
+def ram(x: Inputs, *, epsilon: Epsilon = 1e-5) -> Final:
     """Adds, per coordinate, the mean of the task vectors' entries over `epsilon`: a lone one whole, shared ones averaged."""
 
     def formula(xp: Any, base: Values, models: Values) -> Values:
@@ -108,7 +111,13 @@ def ram(x: Inputs, *, epsilon: Positive = 1e-5) -> Final:
 
 
 @method("ramplus_tl", title="Reinforced Agent Merging Plus (tensor-local)", base="required", source="arXiv 2601.13572")
-def ramplus_tl(x: Inputs, *, r: float = 0.1, alpha: Positive = 0.2, epsilon: Positive = 1e-5) -> Final:
+def ramplus_tl(
+    x: Inputs,
+    *,
+    r: Annotated[float, "how strongly a lone entry is boosted"] = 0.1,
+    alpha: Annotated[Positive, "entries shared / entries alone count up to this"] = 0.2,
+    epsilon: Epsilon = 1e-5,
+) -> Final:
     """As `ram`, a lone entry of model i times 1 + r·clip(sharedᵢ / uniqueᵢ, 0, alpha), counted in this tensor."""
 
     def overlaps(chunk: Chunk) -> np.ndarray:

@@ -14,9 +14,11 @@ from merging.inputs import Chunk, Final, Inputs, Values
 from merging.methods.averages import shares
 from merging.methods.registry import PerModel, Range, method
 
+Weights = Annotated[PerModel[float], "share of the model"]
+
 
 @method("slerp", title="SLERP", base="required", models=(1, 1), source="Shoemake 1985; mergekit's `slerp`")
-def slerp(x: Inputs, *, t: float) -> Final:
+def slerp(x: Inputs, *, t: Annotated[float, "0 is the base, 1 the other model"]) -> Final:
     """Along the great circle from the base (t = 0) to the other model (t = 1); straight where |cos| > 0.9995."""
     gram = x.gram(with_base=True)
     norm = np.sqrt(np.diag(gram))
@@ -37,7 +39,11 @@ def slerp(x: Inputs, *, t: float) -> Final:
 
 @method("nuslerp", title="NuSLERP", base="optional", models=(2, 2), source="mergekit's `nuslerp`")
 def nuslerp(
-    x: Inputs, *, weight: PerModel[float], nuslerp_row_wise: bool = False, nuslerp_flatten: bool = True
+    x: Inputs,
+    *,
+    weight: Weights,
+    nuslerp_row_wise: Annotated[bool, "vectors along the first dimension (without nuslerp_flatten)"] = False,
+    nuslerp_flatten: Annotated[bool, "the whole tensor is one vector"] = True,
 ) -> Final:
     """SLERP of two models, or with a base of their task vectors, at t = w₂ / (w₁ + w₂).
 
@@ -78,9 +84,9 @@ def nuslerp(
 def multislerp(
     x: Inputs,
     *,
-    weight: PerModel[float],
-    normalize_weights: bool = True,
-    eps: Annotated[float, Range(low=0)] = 1e-8,
+    weight: Weights,
+    normalize_weights: Annotated[bool, "divide the weights by their sum"] = True,
+    eps: Annotated[float, Range(low=0), "lengths under this count as 0"] = 1e-8,
 ) -> Final:
     """(Σ wᵢ‖vᵢ‖)·m̂, with m̂ the direction of Σ wᵢvᵢ/‖vᵢ‖; vᵢ the models, or with a base their task vectors.
 
@@ -101,9 +107,9 @@ def multislerp(
 def karcher(
     x: Inputs,
     *,
-    weight: PerModel[float] = 1.0,  # type: ignore[assignment]
-    max_iter: Annotated[int, Range(low=0)] = 10,
-    tol: Annotated[float, Range(low=0)] = 1e-5,
+    weight: Weights = 1.0,  # type: ignore[assignment]
+    max_iter: Annotated[int, Range(low=0), "steps at most"] = 10,
+    tol: Annotated[float, Range(low=0), "a shorter step is the last"] = 1e-5,
 ) -> Final:
     """The Riemannian centre of mass of the models' directions, times their mean norm.
 

@@ -18,12 +18,19 @@ from merging.methods.registry import PerModel, Range, method
 
 #: Changes one model's task vector on one chunk in place: (values, start).
 Thin = Callable[[Values, int], None]
-Densities = PerModel[Annotated[float, Range(0, 1)]]
-RescaleBy = Literal["probability", "norm"]
+Weights = Annotated[PerModel[float], "factor of the task vector"]
+Densities = Annotated[PerModel[Annotated[float, Range(0, 1)]], "share of the task vector's entries that stays"]
+Outliers = Annotated[PerModel[Annotated[float, Range(0, 1)]], "share of the entries, the largest, that is dropped"]
+Spread = Annotated[PerModel[Annotated[float, Range(0, 1)]], "the keep probability goes from density − ε to density + ε"]
+Normalize = Annotated[bool, "divide by the sum of the weights"]
+Lambda = Annotated[float, "factor of what is added to the base"]
+RestoreNorm = Annotated[bool, "scale what is left of a task vector to its l1 norm"]
+Rescale = Annotated[bool, "scale what is left of a task vector, as `rescale_by` says"]
+RescaleBy = Annotated[Literal["probability", "norm"], "1 / keep probability, or to the l1 norm before"]
 
 
 @method("task_arithmetic", title="Task arithmetic", base="required", source="arXiv 2212.04089")
-def task_arithmetic(x: Inputs, *, weight: PerModel[float], normalize: bool = False, lambda_: float = 1.0) -> Final:
+def task_arithmetic(x: Inputs, *, weight: Weights, normalize: Normalize = False, lambda_: Lambda = 1.0) -> Final:
     """θ₀ + λ Σ wᵢτᵢ, with `normalize` divided by Σ wᵢ."""
     return x.add_deltas(_scaled(weight, normalize, lambda_))
 
@@ -50,12 +57,12 @@ def _ties_survey(x: Inputs, totals: Sequence[NDArray[np.int64]], *, density: lis
 def ties(
     x: Inputs,
     *,
-    weight: PerModel[float],
+    weight: Weights,
     density: Densities = 1.0,  # type: ignore[assignment]
-    normalize: bool = True,
-    lambda_: float = 1.0,
-    rescale: bool = False,
-    scope: Literal["tensor", "global"] = "tensor",
+    normalize: Normalize = True,
+    lambda_: Lambda = 1.0,
+    rescale: RestoreNorm = False,
+    scope: Annotated[Literal["tensor", "global"], "what the largest entries are chosen from"] = "tensor",
 ) -> Final:
     """Trim each task vector to its `density` largest entries, elect signs, add the entries that agree.
 
@@ -77,12 +84,12 @@ def ties(
 def breadcrumbs(
     x: Inputs,
     *,
-    weight: PerModel[float],
+    weight: Weights,
     density: Densities = 1.0,  # type: ignore[assignment]
-    gamma: Densities = 0.01,  # type: ignore[assignment]
-    normalize: bool = False,
-    lambda_: float = 1.0,
-    rescale: bool = False,
+    gamma: Outliers = 0.01,  # type: ignore[assignment]
+    normalize: Normalize = False,
+    lambda_: Lambda = 1.0,
+    rescale: RestoreNorm = False,
 ) -> Final:
     """Drop each task vector's `gamma` largest entries and its smallest, down to `density`, then task arithmetic."""
     thins = _band(x, density, gamma)
@@ -93,12 +100,12 @@ def breadcrumbs(
 def breadcrumbs_ties(
     x: Inputs,
     *,
-    weight: PerModel[float],
+    weight: Weights,
     density: Densities = 1.0,  # type: ignore[assignment]
-    gamma: Densities = 0.01,  # type: ignore[assignment]
-    normalize: bool = False,
-    lambda_: float = 1.0,
-    rescale: bool = False,
+    gamma: Outliers = 0.01,  # type: ignore[assignment]
+    normalize: Normalize = False,
+    lambda_: Lambda = 1.0,
+    rescale: RestoreNorm = False,
 ) -> Final:
     """As `breadcrumbs`, with TIES' sign election."""
     thins = _band(x, density, gamma)
@@ -109,11 +116,11 @@ def breadcrumbs_ties(
 def dare_linear(
     x: Inputs,
     *,
-    weight: PerModel[float],
+    weight: Weights,
     density: Densities = 1.0,  # type: ignore[assignment]
-    normalize: bool = False,
-    lambda_: float = 1.0,
-    rescale: bool = True,
+    normalize: Normalize = False,
+    lambda_: Lambda = 1.0,
+    rescale: Rescale = True,
     rescale_by: RescaleBy = "probability",
 ) -> Final:
     """Drop each entry with probability 1 − density, divide the rest by density, then task arithmetic.
@@ -129,11 +136,11 @@ def dare_linear(
 def dare_ties(
     x: Inputs,
     *,
-    weight: PerModel[float],
+    weight: Weights,
     density: Densities = 1.0,  # type: ignore[assignment]
-    normalize: bool = False,
-    lambda_: float = 1.0,
-    rescale: bool = True,
+    normalize: Normalize = False,
+    lambda_: Lambda = 1.0,
+    rescale: Rescale = True,
     rescale_by: RescaleBy = "probability",
 ) -> Final:
     """As `dare_linear`, with TIES' sign election."""
@@ -146,12 +153,12 @@ def dare_ties(
 def della_linear(
     x: Inputs,
     *,
-    weight: PerModel[float],
+    weight: Weights,
     density: Densities = 1.0,  # type: ignore[assignment]
-    epsilon: Densities = 0.15,  # type: ignore[assignment]
-    normalize: bool = False,
-    lambda_: float = 1.0,
-    rescale: bool = True,
+    epsilon: Spread = 0.15,  # type: ignore[assignment]
+    normalize: Normalize = False,
+    lambda_: Lambda = 1.0,
+    rescale: Rescale = True,
     rescale_by: RescaleBy = "probability",
 ) -> Final:
     """Drop entries at random, the large less often: keep probability density − ε … density + ε by rank in the row.
@@ -168,12 +175,12 @@ def della_linear(
 def della(
     x: Inputs,
     *,
-    weight: PerModel[float],
+    weight: Weights,
     density: Densities = 1.0,  # type: ignore[assignment]
-    epsilon: Densities = 0.15,  # type: ignore[assignment]
-    normalize: bool = True,
-    lambda_: float = 1.0,
-    rescale: bool = True,
+    epsilon: Spread = 0.15,  # type: ignore[assignment]
+    normalize: Normalize = True,
+    lambda_: Lambda = 1.0,
+    rescale: Rescale = True,
     rescale_by: RescaleBy = "probability",
 ) -> Final:
     """As `della_linear`, with TIES' sign election."""
