@@ -1,4 +1,4 @@
-"""The command `cuvee merge`: parse, call, print."""
+"""The commands `cuvee merge`, `inspect` and `methods`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 def register(app: typer.Typer) -> None:
     """Adds this package's commands to the front door."""
     app.command()(merge)
+    app.command()(inspect)
+    app.command()(methods)
 
 
 def merge(
@@ -61,6 +63,42 @@ def merge(
         f"{result.get('parameters', 0) / 1e6:,.1f} M parameters in {result['seconds']:.1f} s"
     )
     finish(result, as_json)
+
+
+def inspect(
+    models: Annotated[list[str], typer.Argument(help="Folders or hub ids, with +ADAPTER where there is one.")],
+    base: Annotated[
+        Optional[str], typer.Option(help="Measure task vectors from this model.", show_default=False)
+    ] = None,
+    groups: Annotated[bool, typer.Option("--groups/--no-groups", help="Show each layer group too.")] = True,
+    threads: Annotated[Optional[int], typer.Option(min=1, help="Workers; by default one a core.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what differs between checkpoints: norms, angles, sign conflicts, density, damage."""
+    from merging import inspection
+    from merging.progress import bytes_bar
+
+    with bytes_bar("reading") as progress:
+        result = inspection.inspect(models, base, threads=threads, progress=progress)
+    if not as_json:
+        inspection.show(result, groups=groups)
+    finish(result, as_json)
+
+
+def methods(
+    name: Annotated[Optional[str], typer.Argument(help="One method, in full.", show_default=False)] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/methods.md.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the merge methods and their parameters."""
+    from merging import methods_table
+
+    if markdown:
+        print(methods_table.markdown(), end="")
+    elif as_json:
+        finish(methods_table.entries(name), as_json)
+    else:
+        methods_table.show(name)
 
 
 def parse_size(text: str) -> int:
