@@ -28,8 +28,11 @@ format: .venv/test.stamp
 	$(BIN)/ruff check --fix .
 
 # The newest set of packages that the ranges in pyproject.toml allow; run the tests before committing it.
+# A local version, such as that of torch's CPU build, is no pin for others.
 lock:
-	scripts/lock.sh $(PYTHON)
+	$(PYTHON) -m venv --clear .venv/lock
+	.venv/lock/bin/python -m pip install --quiet $(PIP_FLAGS) '.[demo,test,dev]'
+	.venv/lock/bin/python -m pip freeze --exclude cuvee | sed 's/+cpu$$//' > requirements.lock
 
 .venv/demo.stamp: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
