@@ -6,6 +6,7 @@ repeatable, independent of chunks and backends, inputs untouched, shapes kept, m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -101,16 +102,20 @@ def assert_close(result: Array, truth: Array, models: list[Array], base: Array |
     np.testing.assert_allclose(result, truth, rtol=0, atol=4 * 2.0**-23 * max(1.0, size) * largest)
 
 
-ALL = pytest.mark.parametrize("method", [pytest.param(method, id=name) for name, method in METHODS.items()])
-TRUE = pytest.mark.parametrize(
-    "method", [pytest.param(method, id=name) for name, method in METHODS.items() if name in SETTINGS]
-)
+def every(wanted: Callable[[Method], bool] = lambda method: True) -> pytest.MarkDecorator:
+    """Parametrises a test over the registered methods, or those of them that are `wanted`."""
+    chosen = [pytest.param(method, id=name) for name, method in METHODS.items() if wanted(method)]
+    return pytest.mark.parametrize("method", chosen)
+
+
+def has_oracle(method: Method) -> bool:
+    return method.name in SETTINGS
 
 
 # ---- the entry itself ----
 
 
-@ALL
+@every()
 def test_entry_says_all_that_others_need(method: Method) -> None:
     assert method.title
     assert method.source
@@ -134,7 +139,7 @@ def test_every_built_in_method_has_an_oracle_and_settings() -> None:
 # ---- the truth ----
 
 
-@TRUE
+@every(has_oracle)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_float64_oracle(method: Method, shape: tuple[int, ...]) -> None:
     for parameters in SETTINGS[method.name]:
@@ -224,12 +229,8 @@ def test_identical_models_give_the_model_back(name: str, shape: tuple[int, ...])
     assert_close(merging.apply(name, base, models, **parameters), model.astype(np.float64), models, base, **parameters)
 
 
-@ALL
+@every(lambda method: has_oracle(method) and method.base != "none")
 def test_what_no_model_changed_stays(method: Method) -> None:
-    if method.base == "none":
-        pytest.skip("knows no base")
-    if method.name not in SETTINGS:
-        pytest.skip("a method may move unchanged weights if it says so; only those with an oracle are held to it")
     base, _ = normal((5, 40), 1)
     models = [base.copy() for _ in range(count_of(method))]
     for parameters in SETTINGS[method.name]:
@@ -237,11 +238,9 @@ def test_what_no_model_changed_stays(method: Method) -> None:
         assert_close(result, base.astype(np.float64), models, base)
 
 
-@TRUE
+@every(lambda method: has_oracle(method) and method.name not in ASYMMETRIC)
 def test_order_of_the_models_does_not_matter(method: Method) -> None:
     count = count_of(method)
-    if method.name in ASYMMETRIC:
-        pytest.skip("the models play different parts, or draw different masks")
     for parameters in SETTINGS[method.name]:
         base, models = inputs_of(method, (9, 40))
         order = np.random.default_rng(1).permutation(count) if count > 2 else [1, 0]
@@ -251,11 +250,9 @@ def test_order_of_the_models_does_not_matter(method: Method) -> None:
         assert_close(second, first.astype(np.float64), models, base, **parameters)
 
 
-@TRUE
+@every(lambda method: has_oracle(method) and method.name not in NOT_HOMOGENEOUS)
 @pytest.mark.parametrize("factor", [0.25, 8.0])
 def test_scaling_all_inputs_scales_the_result(method: Method, factor: float) -> None:
-    if method.name in NOT_HOMOGENEOUS:
-        pytest.skip("has thresholds in the units of the weights")
     for parameters in SETTINGS[method.name]:
         if "eps" in parameters:
             continue
@@ -269,7 +266,7 @@ def test_scaling_all_inputs_scales_the_result(method: Method, factor: float) -> 
 # ---- chunks, backends, repetition ----
 
 
-@ALL
+@every()
 @pytest.mark.parametrize("shape", [(7000,), (3, 5000), (700, 11), (50, 3, 7, 4)], ids=str)
 def test_chunks_change_nothing(method: Method, shape: tuple[int, ...]) -> None:
     for parameters in SETTINGS.get(method.name, [parameters_of(method)]):
@@ -282,7 +279,7 @@ def test_chunks_change_nothing(method: Method, shape: tuple[int, ...]) -> None:
             assert_close(parts, whole.astype(np.float64), models, base, **parameters)
 
 
-@ALL
+@every()
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_compiled_equals_reference_bit_for_bit(method: Method, shape: tuple[int, ...]) -> None:
     pytest.importorskip("numba", reason="the compiled kernels need numba")
@@ -295,7 +292,7 @@ def test_compiled_equals_reference_bit_for_bit(method: Method, shape: tuple[int,
         assert reference.tobytes() == compiled.tobytes()
 
 
-@ALL
+@every()
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_torch_equals_reference_to_rounding(method: Method, shape: tuple[int, ...]) -> None:
     pytest.importorskip("torch", reason="the device kernels need torch")
@@ -308,7 +305,7 @@ def test_torch_equals_reference_to_rounding(method: Method, shape: tuple[int, ..
         assert_close(torch, reference.astype(np.float64), models, base, **parameters)
 
 
-@ALL
+@every()
 def test_same_call_same_bytes_and_inputs_untouched(method: Method) -> None:
     parameters = parameters_of(method)
     base, models = inputs_of(method, (30, 40))
@@ -324,7 +321,7 @@ def test_same_call_same_bytes_and_inputs_untouched(method: Method) -> None:
 # ---- mistakes ----
 
 
-@ALL
+@every()
 def test_mistakes_are_refused_in_one_line(method: Method) -> None:
     base, models = inputs_of(method, (4, 3))
     parameters = parameters_of(method)

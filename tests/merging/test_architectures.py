@@ -13,7 +13,7 @@ import merging
 from merging import Recipe
 from merging.methods import METHODS, Method
 from tests.architectures import ARCHITECTURES, Architecture, Family, build
-from tests.oracles.merge_methods import RANDOM, oracle
+from tests.oracles.merge_methods import RANDOM, oracle, ties_global
 from tests.oracles.settings import count_of, masks_of, parameters_of
 from tests.oracles.thinning import Array
 
@@ -86,6 +86,23 @@ def test_merge_of_any_architecture_loads_and_equals_the_oracle(method: Method, f
         models = [tensors(path) for path in paths]
         for name in sample(base):
             assert_rounded_once(result[name], truth(method, name, base, models, parameters), name)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"], indirect=True)  # float32 and bfloat16
+def test_global_ties_trims_over_the_whole_model(family: Family, tmp_path: Path) -> None:
+    parameters = {"weight": [0.5, 1.0, 2.0], "density": [0.3, 0.05, 1.0]}
+    models = [
+        {"model": str(path), "parameters": {key: value[i] for key, value in parameters.items()}}
+        for i, path in enumerate(family.specialists)
+    ]
+    merging.merge(Recipe("ties", models, str(family.base), {"scope": "global"}), tmp_path / "out")
+    base, *others = (
+        {name: tensor.float().numpy() for name, tensor in tensors(path).items()}
+        for path in (family.base, *family.specialists)
+    )
+    exact = ties_global(base, others, **parameters)
+    for name, tensor in tensors(tmp_path / "out").items():
+        assert_rounded_once(tensor, exact[name], name)
 
 
 def tensors(folder: Path) -> dict[str, Any]:

@@ -24,8 +24,9 @@ def mergekit_merge(
     parameters: Mapping[str, Any] | None = None,
     *,
     seed: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, torch.Tensor]:
-    """Merge by mergekit's `merge_state_dicts`, computing and returning float32 tensors.
+    """Merge by mergekit's `merge_state_dicts`, computing in `dtype` and returning float32 tensors.
 
     Args:
         base: tensors of the base, or None for a method (or a use of it) without one.
@@ -33,6 +34,7 @@ def mergekit_merge(
         method: mergekit's name of the method.
         parameters: the recipe's; a per-model one is one value for all models or a list in the order of `models`.
         seed: of torch's global generator, from which mergekit draws; None leaves the generator alone.
+        dtype: float64 shows what mergekit means where its float32 sums are too coarse.
 
     Buffers of integers are copied when all models agree on them; mergekit raises ValueError when they do not.
     """
@@ -49,5 +51,6 @@ def mergekit_merge(
             method,
             parameters=dict(parameters or {}),
             base=BASE if BASE in states else None,
-            dtype=torch.float32,
+            dtype=dtype,
+            out_dtype=torch.float32,
         )
