@@ -404,20 +404,21 @@ def _in_order(groups: Iterable[str]) -> list[str]:
 
 def short_names(refs: Sequence[ModelRef]) -> list[str]:
     """The last part of each path, with as many parts before it as tell the models apart."""
-    paths = [Path(ref.path).absolute() if Path(ref.path).exists() else Path(ref.path) for ref in refs]
 
-    def label(index: int, depth: int) -> str:
-        ref = refs[index]
-        text = "/".join(part for part in paths[index].parts[-depth:] if part != "/") or ref.path
-        text += f"@{ref.revision}" if ref.revision else ""
-        return f"{text}+{Path(ref.adapter).name}" if ref.adapter else text
+    def tail(path: str, depth: int) -> str:
+        parts = (Path(path).absolute() if Path(path).exists() else Path(path)).parts[-depth:]
+        return "/".join(part for part in parts if part != "/") or path
 
-    names = [label(index, 1) for index in range(len(refs))]
-    for depth in range(2, max(len(path.parts) for path in paths) + 1):
-        names = [label(i, depth) if names.count(name) > 1 else name for i, name in enumerate(names)]
-    taken: dict[str, int] = {}
-    for index, name in enumerate(names):  # one and the same model, given twice
-        taken[name] = taken.get(name, 0) + 1
-        if taken[name] > 1:
-            names[index] = f"{name} ({taken[name]})"
-    return names
+    def label(ref: ModelRef, depth: int) -> str:
+        text = tail(ref.path, depth) + (f"@{ref.revision}" if ref.revision else "")
+        return f"{text}+{tail(ref.adapter, depth)}" if ref.adapter else text
+
+    names = [label(ref, 1) for ref in refs]
+    deepest = max(len(Path(path).absolute().parts) for ref in refs for path in (ref.path, ref.adapter or ""))
+    for depth in range(2, deepest + 1):
+        holders: dict[str, set[tuple[str | None, ...]]] = {}
+        for name, ref in zip(names, refs, strict=True):
+            holders.setdefault(name, set()).add(ref.identity)
+        names = [label(r, depth) if len(holders[n]) > 1 else n for n, r in zip(names, refs, strict=True)]
+    copies = [names[: index + 1].count(name) for index, name in enumerate(names)]  # one and the same model, given again
+    return [f"{name} ({copy})" if copy > 1 else name for name, copy in zip(names, copies, strict=True)]

@@ -148,13 +148,9 @@ def _signature(parameter: Parameter) -> str:
 
 def _default(parameter: Parameter) -> str:
     value = parameter.default
-    return (
-        str(value).lower()
-        if isinstance(value, bool)
-        else f"{value:g}".replace("e-0", "e-")
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:g}".replace("e-0", "e-")
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _values(parameter: Parameter) -> str:
