@@ -43,10 +43,10 @@ class Execution:
         self, plan: Plan, seed: int, backend: str, device: str, threads: int, progress: Progress | None
     ) -> None:
         self.plan, self.seed, self.threads, self.progress = plan, seed, threads, progress
-        self.kernels = kernels.load(backend, device)
         self.local = threading.local()
         self.surveys: dict[str, list[np.ndarray]] = {}
         self.total = sum(step.nbytes for step in plan.steps)
+        self.kernels = kernels.load(backend, device, self.total)
         self.done = 0
         self.lock = threading.Lock()
         self.failed = threading.Event()
@@ -75,7 +75,8 @@ class Execution:
                 if step is None:
                     return
                 try:
-                    work(step)
+                    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found, and told, by us
+                        work(step)
                 except BaseException:
                     self.failed.set()
                     raise

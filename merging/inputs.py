@@ -202,7 +202,7 @@ class Inputs:
             vectors = values(chunk)
             for (i, high), counts in fine.items():
                 kernels.fine_histogram(vectors[i], high, counts)
-        return [[fine_cut(fine[i, high], high, rest) for high, rest in row] for i, row in enumerate(bins)]
+        return [[fine_cut(fine[i, high], high << 16, rest) for high, rest in row] for i, row in enumerate(bins)]
 
     # ---- final passes ----
 
@@ -248,14 +248,15 @@ def coarse_bin(counts: NDArray[np.int64], k: int) -> tuple[int, int]:
     return high, k - int(above[position] - counts[high] if position < len(counts) else 0)
 
 
-def fine_cut(counts: NDArray[np.int64], high: int, k: int) -> Cut:
-    """The cut inside a bin, from the counts of the lower 16 bits; k = 0 keeps nothing."""
+def fine_cut(counts: NDArray[np.int64], low: int, k: int) -> Cut:
+    """The cut that keeps the k largest, from the counts of the magnitudes from `low` on; k = 0 keeps nothing."""
     if k <= 0 or not counts.any():
         return Cut(0x7FFFFFFF, 0, 0)
-    above = np.cumsum(counts[::-1])
-    position = int(np.searchsorted(above, k))
-    low = len(counts) - 1 - position
-    return Cut((high << 16) | low, k - int(above[position] - counts[low]), int(counts[low]))
+    blocks = np.add.reduceat(counts, np.arange(0, len(counts), 1024))
+    block, k = coarse_bin(blocks, k)
+    place, k = coarse_bin(counts[1024 * block : 1024 * (block + 1)], k)
+    place += 1024 * block
+    return Cut(low + place, k, int(counts[place]))
 
 
 class Trim:

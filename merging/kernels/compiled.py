@@ -6,6 +6,7 @@ math: each gives `reference`'s float32 results bit for bit. They release the int
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numba
@@ -59,8 +60,20 @@ __all__ = [
 _LANE = 1024  # elements per inner block: the temporaries of a block stay in the first-level cache
 
 
-def _compile(*signatures: Any) -> Any:
-    return numba.njit(list(signatures), nogil=True, cache=True, boundscheck=False, error_model="numpy")
+def _compile(signature: Any, **options: Any) -> Any:
+    """A decorator: the function is compiled, or loaded from the cache, when it is first called.
+
+    A merge needs few of the kernels, and each costs some 20 ms to load.
+    """
+
+    def decorate(function: Any) -> Any:
+        @functools.cache
+        def compiled() -> Any:
+            return numba.njit([signature], nogil=True, cache=True, error_model="numpy", **options)(function)
+
+        return functools.wraps(function)(lambda *arguments: compiled()(*arguments))
+
+    return decorate
 
 
 @_compile(boolean(uint16[::1], uint32[::1]))
@@ -122,9 +135,7 @@ def combine(weights, values, out):
                 block[i] += row[i] * w
 
 
-@numba.njit(
-    float64[:, ::1](float32[:, ::1]), nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"}
-)
+@_compile(float64[:, ::1](float32[:, ::1]), fastmath={"reassoc", "contract"})
 def gram(values):
     """As `reference.gram`; float64 sums may be taken in another order."""
     count, size = values.shape
@@ -188,11 +199,23 @@ def _drop_above(bits, threshold):
 
 @_compile(int64(uint32[::1], uint32, int64, boolean))
 def _split_ties(bits, threshold, remaining, keep_first):
-    for i in range(bits.size):
-        if np.uint32(bits[i] & np.uint32(0x7FFFFFFF)) == threshold:
+    for start in range(0, bits.size, _LANE):
+        block = bits[start : start + _LANE]
+        ties = np.uint32(0)
+        for i in range(block.size):
+            ties += np.uint32(np.uint32(block[i] & np.uint32(0x7FFFFFFF)) == threshold)
+        if remaining == 0 or ties <= remaining:  # the whole block goes one way
             if (remaining > 0) != keep_first:
-                bits[i] = np.uint32(0)
-            remaining = max(remaining - 1, 0)
+                for i in range(block.size):
+                    tied = np.uint32(block[i] & np.uint32(0x7FFFFFFF)) == threshold
+                    block[i] = np.uint32(0) if tied else block[i]
+            remaining = max(remaining - np.int64(ties), 0)
+        else:
+            for i in range(block.size):
+                if np.uint32(block[i] & np.uint32(0x7FFFFFFF)) == threshold:
+                    if (remaining > 0) != keep_first:
+                        block[i] = np.uint32(0)
+                    remaining = max(remaining - 1, 0)
     return remaining
 
 
@@ -208,7 +231,7 @@ def split_ties(values: Floats, threshold: int, remaining: int, keep_first: bool)
     return int(_split_ties(values.view(np.uint32), np.uint32(threshold), remaining, keep_first))
 
 
-@numba.njit(uint64(uint64, uint64), inline="always")
+@numba.njit(inline="always")
 def _bits(key, index):
     z = (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + key
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -227,7 +250,7 @@ def drop(values: Floats, keep: float, scale: float, key: int, start: int) -> Non
     _drop(values, np.uint64(round(keep * 2**32)), np.float32(scale), np.uint64(key), np.uint64(start))
 
 
-@numba.njit(boolean(uint64[::1]), inline="always")
+@numba.njit(inline="always")
 def _insertion_sort(pairs):
     """Finishes a nearly sorted row; False if it is not nearly sorted after all."""
     budget = 8 * pairs.size
@@ -245,52 +268,51 @@ def _insertion_sort(pairs):
     return True
 
 
-@numba.njit(void(uint64[::1], uint64[::1], int64[::1], uint64), inline="always")
-def _counting_pass(pairs, other, counts, shift):
-    """One stable pass of a radix sort by the 11 bits at `shift`. counts (2048,) is scratch."""
-    counts[:] = 0
-    for c in range(pairs.size):
-        counts[(pairs[c] >> shift) & np.uint64(2047)] += 1
-    position = 0
-    for d in range(2048):
-        count = counts[d]
-        counts[d] = position
-        position += count
-    for c in range(pairs.size):
-        d = (pairs[c] >> shift) & np.uint64(2047)
-        other[counts[d]] = pairs[c]
-        counts[d] += 1
-
-
 @_compile(void(uint32[::1], float32[::1], int64, uint32[::1], float32[::1], uint64, uint64))
 def _drop_by_rank(bits, values, columns, thresholds, scales, key, start):
-    """Sorts each row's (magnitude, position) pairs by radix; then keeps or zeroes rank by rank.
+    """Sorts each row's (magnitude, position) pairs; then keeps or zeroes rank by rank.
 
-    Two passes sort by the upper 22 of the magnitude's 31 bits, which leaves few pairs out of order; a row where many are
-    is sorted by all bits.
+    A map that grows with the magnitude, and spreads what looks like a normal distribution evenly, puts two bins on a pair:
+    one counting pass leaves few pairs out of order. A row that looks different is sorted by comparison.
     """
+    last = 2 * columns - 1
     pairs = np.empty(columns, np.uint64)
-    other = np.empty(columns, np.uint64)
-    counts = np.empty(2048, np.int64)
+    bins = np.empty(columns, np.uint32)
+    counts = np.empty(last + 1, np.uint32)
     draws = np.empty(columns, np.uint32)
     for row in range(bits.size // columns):
         own = bits[row * columns : (row + 1) * columns]
+        target = values[row * columns : (row + 1) * columns]
         first = start + np.uint64(row * columns)
         for c in range(columns):
-            pairs[c] = (np.uint64(own[c] & np.uint32(0x7FFFFFFF)) << np.uint64(32)) | np.uint64(c)
-        for c in range(columns):
             draws[c] = np.uint32(_bits(key, first + np.uint64(c)))
-        _counting_pass(pairs, other, counts, np.uint64(41))
-        _counting_pass(other, pairs, counts, np.uint64(52))
+        total = np.float32(0)
+        for c in range(0, columns, 16):
+            total += abs(target[c])
+        scale = np.float32(0.4) * np.float32((columns + 15) // 16) / total if total > 0 else np.float32(1)
+        for c in range(columns):  # each operation is monotone, rounding included
+            t = np.float32(1) + abs(target[c]) * scale
+            place = np.float32(last) * (np.float32(1) - np.float32(1) / (t * t))
+            bins[c] = np.uint32(place if place < last else np.float32(last))
+        counts[:] = 0
+        for c in range(columns):
+            counts[bins[c]] += 1
+        position = np.uint32(0)
+        for d in range(last + 1):
+            count = counts[d]
+            counts[d] = position
+            position += count
+        for c in range(columns):
+            d = bins[c]
+            pairs[counts[d]] = (np.uint64(own[c] & np.uint32(0x7FFFFFFF)) << np.uint64(32)) | np.uint64(c)
+            counts[d] += 1
         if not _insertion_sort(pairs):
-            _counting_pass(pairs, other, counts, np.uint64(32))
-            _counting_pass(other, pairs, counts, np.uint64(43))
-            _counting_pass(pairs, other, counts, np.uint64(54))
-            pairs, other = other, pairs
-        target = values[row * columns : (row + 1) * columns]
+            pairs.sort()
         for rank in range(columns):
             i = np.int64(pairs[rank] & np.uint64(0xFFFFFFFF))
-            target[i] *= scales[rank] if draws[i] < thresholds[rank] else np.float32(0)
+            target[i] *= scales[rank] * np.float32(
+                draws[i] < thresholds[rank]
+            )  # no branch: half of them would be guessed wrong
 
 
 def drop_by_rank(values: Floats, columns: int, low: float, high: float, rescale: bool, key: int, start: int) -> None:

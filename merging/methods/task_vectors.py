@@ -74,7 +74,7 @@ def ties(
     if scope == "global":
         for coarse, fine, share in zip(x.surveys[0], x.surveys[1], density, strict=True):
             high, rest = coarse_bin(coarse, _count(share, int(coarse.sum())))
-            thins.append(_threshold(x, fine_cut(fine, high, rest).threshold))
+            thins.append(_threshold(x, fine_cut(fine, high << 16, rest).threshold))
     else:
         thins = _magnitude(x, [(_count(share, x.numel), 0) for share in density])
     return _add(x, weight, thins, elect=True, normalize=normalize, lambda_=lambda_, restore_norm=rescale)

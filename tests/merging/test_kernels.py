@@ -1,0 +1,62 @@
+"""The compiled kernels give numpy's bits, on values that take each of their paths."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from merging.kernels import compiled, reference
+from tests.commands import ROOT, environment
+
+Draw = Callable[[np.random.Generator, int], NDArray[np.float64]]
+DISTRIBUTIONS: dict[str, Draw] = {
+    "normal": lambda rng, n: rng.standard_normal(n),
+    "few distinct values": lambda rng, n: np.round(rng.standard_normal(n), 1),
+    "mostly zero": lambda rng, n: rng.standard_normal(n) * (rng.random(n) < 0.1),
+    "all equal": lambda rng, n: np.full(n, -1.5),
+    "all zero": lambda rng, n: np.zeros(n),
+    "heavy tails": lambda rng, n: rng.standard_cauchy(n) ** 3,
+    "two scales": lambda rng, n: rng.standard_normal(n) * np.where(rng.random(n) < 0.5, 1, 1e-7),
+    "subnormal": lambda rng, n: rng.standard_normal(n) * 1e-42,
+    "near overflow": lambda rng, n: rng.standard_normal(n).clip(-3, 3) * 1e38,
+}
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 300, 4096])
+def test_drop_by_rank(distribution: str, columns: int) -> None:
+    values = DISTRIBUTIONS[distribution](np.random.default_rng(columns), 5 * columns).astype(np.float32)
+    ours, numpys = values.copy(), values.copy()
+    with np.errstate(over="ignore"):
+        for kernel, changed in ((compiled, ours), (reference, numpys)):
+            kernel.drop_by_rank(changed, columns, 0.2, 0.7, True, key=9, start=3 * columns)
+    np.testing.assert_array_equal(ours.view(np.uint32), numpys.view(np.uint32))
+
+
+@given(st.integers(1, 5000), st.integers(0, 5000), st.booleans(), st.integers(1, 200), st.integers(0, 99))
+def test_split_ties(size: int, remaining: int, keep_first: bool, levels: int, seed: int) -> None:
+    values = np.random.default_rng(seed).integers(-levels, levels, size, endpoint=True).astype(np.float32)
+    threshold = int(np.float32(1).view(np.uint32))
+    ours, numpys = values.copy(), values.copy()
+    left = compiled.split_ties(ours, threshold, remaining, keep_first)
+    assert left == reference.split_ties(numpys, threshold, remaining, keep_first)
+    np.testing.assert_array_equal(ours.view(np.uint32), numpys.view(np.uint32))
+
+
+def test_little_work_is_done_without_numba() -> None:
+    code = (
+        "import sys, numpy as np; from merging import kernels; k = kernels.load(nbytes=10**6); out = np.empty(3, 'f4'); "
+        "k.combine(np.ones(2, 'f4'), np.ones((2, 3), 'f4'), out); print(out.tolist(), 'numba' in sys.modules); "
+        "k.histogram(out, np.zeros(1 << 15, 'i8')); print('numba' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[2.0, 2.0, 2.0] False\nTrue\n"
