@@ -219,13 +219,14 @@ def module_folders(folder: Path) -> list[str]:
         raise CheckpointError(f"cannot be read ({type(error).__name__})", where=str(file)) from error
     for path in paths:
         inside(folder, path)
-    return list(dict.fromkeys(["", *(str(PurePosixPath(path)) for path in paths if path not in ("", "."))]))
+    folders = (str(PurePosixPath(path)) for path in paths)
+    return list(dict.fromkeys(["", *(folder for folder in folders if folder != ".")]))
 
 
 def read_header(file: Path) -> list[TensorInfo]:
     """The tensors of one safetensors file, in file order, every claim of its header checked.
 
-    Whatever passes, the safetensors library reads too.
+    Whatever passes, the safetensors library reads too (keys that neither knows aside, if they are nested very deep).
 
     Raises:
         CheckpointError: truncated file, malformed header, unknown dtype, or offsets that overlap, leave holes,
@@ -236,6 +237,8 @@ def read_header(file: Path) -> list[TensorInfo]:
         return CheckpointError(what, where=str(file), mend=mend)
 
     try:
+        if file.exists() and not file.is_file():
+            raise fail("is no regular file", "put the file itself there")
         with open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
@@ -244,7 +247,11 @@ def read_header(file: Path) -> list[TensorInfo]:
             if length > MAX_HEADER:
                 raise fail(f"a header of {length:,} bytes is over the format's limit of {MAX_HEADER:,}")
             text = stream.read(length).decode("utf-8")
-            header = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+            # Python reads a few things as numbers and texts that the format's own library refuses.
+            whole = _whole if "-0" in text else None
+            header = json.loads(text, object_pairs_hook=_no_duplicates, parse_int=whole, parse_constant=_no_constant)
+            if "\\ud" in text.lower():  # half of a surrogate pair is a ValueError here, and would be one in the output
+                json.dumps(header, ensure_ascii=False).encode("utf-8")
     except OSError as error:
         raise fail(f"cannot read: {error.strerror}", "check the path and its permissions") from error
     except (ValueError, RecursionError) as error:
@@ -318,9 +325,13 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         raise ValueError("a name occurs twice")
-    for name in value:
-        name.encode("utf-8")  # half of a surrogate pair is a ValueError here, and would be one in the output
     return value
+
+
+def _whole(digits: str) -> int:
+    if digits == "-0":
+        raise ValueError("-0 is no whole number")
+    return int(digits)
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -9,7 +9,12 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-Out = Annotated[Optional[Path], typer.Argument(help="The folder to make.", show_default=False)]
+# Not typer's check of what may be read: what is wrong with a file is told in one line by whoever reads it.
+Out = Annotated[Optional[Path], typer.Argument(help="The folder to make.", show_default=False, readable=False)]
+RecipeFile = Annotated[Optional[Path], typer.Argument(help="mergekit's YAML.", show_default=False, readable=False)]
+Lineage = Annotated[
+    Optional[Path], typer.Option("--from", help="Make the output of this cuvee.json again.", readable=False)
+]
 Seed = Annotated[Optional[int], typer.Option(help="Of every random draw; 0 by default.", show_default=False)]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 …; cpu by default.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
@@ -25,13 +30,13 @@ def register(app: typer.Typer) -> None:
 
 
 def merge(
-    recipe: Annotated[Optional[Path], typer.Argument(help="mergekit's YAML.", show_default=False)] = None,
+    recipe: RecipeFile = None,
     out: Out = None,
     seed: Seed = None,
     device: Device = None,
     threads: Annotated[Optional[int], typer.Option(min=1, help="Workers; by default one a core.")] = None,
     shard_size: Annotated[Optional[str], typer.Option(help="Of a file at most, such as 5GB or 500MB.")] = None,
-    from_: Annotated[Optional[Path], typer.Option("--from", help="Make the output of this cuvee.json again.")] = None,
+    from_: Lineage = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="For what mergekit must do.")] = False,
     force: Force = False,
     dry_run: DryRun = False,
@@ -114,7 +119,7 @@ def parse_size(text: str) -> int:
     unit = text.strip()[len(number) :].strip().upper()
     try:
         size = int(float(number) * units[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         size = 0
     if size <= 0:
         raise CuveeError(f"'{text}' is no size", where="--shard-size", mend="write 5GB or 500MB")
@@ -123,10 +128,12 @@ def parse_size(text: str) -> int:
 
 def say(line: str) -> None:
     """One line for the user, on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    from merging.errors import printable
+
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def finish(result: dict[str, Any], as_json: bool) -> None:
     """The promised last line of standard output."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False), flush=True)
+        print(json.dumps(result), flush=True)  # plain ASCII: names that are no UTF-8 get through too

@@ -6,14 +6,14 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merging import handover, lineage, methods
 from merging.checkpoint import Checkpoint
-from merging.errors import CuveeError, MergeError
+from merging.errors import CheckpointError, MergeError
 from merging.execution import Execution, Progress
 from merging.mergekit_recipe import is_mixture, references
 from merging.methods import Method
@@ -100,7 +100,7 @@ def merge(
             )
             summary["seconds"] = _since(began)
             more = {"recipe": recipe.text, "inputs": inputs, "output": written, "shard_size": shard_size}
-            _write_lineage(staging, summary, more)
+            _write_lineage(staging, summary, more, relative_to)
         return {**summary, "digest": written, "cuvee_version": lineage.cuvee_version()}
     finally:
         for view in views.all:
@@ -150,21 +150,35 @@ def remake(file: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
     Raises:
         CuveeError: no merge's lineage, or an input has changed since.
     """
-    past = lineage.read(Path(file))
-    if past.get("command") != "merge" or not isinstance(past.get("recipe"), str):
-        raise CuveeError("is not the lineage of a merge", where=str(file))
-    folder = Path(str(past.get("working_directory", ".")))
-    digests = {entry["model"]: entry["digest"] for entry in past.get("inputs", [])}
-    for ref in references(past["recipe"], str(file), folder):
-        view = View.open(ref, folder)
-        if digests.get(str(ref)) not in (None, view.digest()):
-            raise CuveeError("has changed since that merge", where=str(ref), mend="restore it, or merge anew")
-        view.checkpoint.close()
+    past = lineage.read_merge(Path(file))
+    folder = _unchanged(past, str(file))
     options = {"seed": past["seed"], "device": past["device"], "shard_size": past["shard_size"], **options}
     result = merge_text(past["recipe"], out, where=str(file), relative_to=folder, **options)
     if "digest" in result and result["digest"] != past["output"] and (note := options.get("note")):
         note(f"the weights differ from the first time: {result['digest']}, then {past['output']}")
     return result
+
+
+def _unchanged(past: dict[str, Any], where: str) -> Path:
+    """The folder that relative names of models count from, the inputs found there and the same as they were.
+
+    Raises:
+        CuveeError: an input cannot be found any more, or has changed.
+    """
+    digests = {str(entry["model"]): entry["digest"] for entry in past["inputs"]}
+    folders = [Path(past["working_directory"]), Path(past.get("recipe_directory") or past["working_directory"])]
+    for folder in folders:
+        try:
+            for ref in references(past["recipe"], where, folder):
+                view = View.open(ref, folder)
+                if digests.get(str(ref)) not in (None, view.digest()):
+                    raise MergeError("has changed since that merge", where=str(ref), mend="restore it, or merge anew")
+                view.checkpoint.close()
+            return folder
+        except CheckpointError:
+            if folder is folders[-1]:
+                raise
+    raise AssertionError
 
 
 def default_threads() -> int:
@@ -190,10 +204,18 @@ def _open(recipe: Recipe, entry: Method, out: Path, relative_to: Path | None) ->
 
     models = [view(source.model) for source in recipe.merged(entry)]
     base = view(recipe.base_model) if recipe.base_model else None
-    for each in opened.values():
-        if each.checkpoint.path == out.absolute():
-            raise MergeError("the output would replace an input", where=str(out), mend="choose another folder")
+    _refuse_replacing(out, opened.values())
     return _Views(models, base if entry.base != "none" else None, base or models[0], list(opened.values()))
+
+
+def _refuse_replacing(out: Path, views: Iterable[View]) -> None:
+    """Raises MergeError where an input lies at `out` or in it, by whatever name."""
+    real = Path(os.path.realpath(out))
+    folders = [
+        f for view in views for f in (view.checkpoint.path, *([view.adapter.file.parent] if view.adapter else []))
+    ]
+    if any(real in (folder.resolve(), *folder.resolve().parents) for folder in folders):
+        raise MergeError("the output would replace an input", where=str(out), mend="choose another folder")
 
 
 def _hand_over(
@@ -209,8 +231,9 @@ def _hand_over(
 ) -> dict[str, Any]:
     """Lets mergekit run the whole recipe, and finishes its output like any of ours."""
     began = time.perf_counter()
-    note(f"handed over to mergekit: {reason}")
     views = [View.open(ref, relative_to) for ref in references(text, where, relative_to)]
+    _refuse_replacing(out, views)
+    note(f"handed over to mergekit: {reason}")
     method = "moe" if is_mixture(text, where) else Recipe.parse(text, where).merge_method
     summary: dict[str, Any] = {
         "command": "merge",
@@ -246,7 +269,7 @@ def _hand_over(
         (staging / "README.md").write_text(card, encoding="utf-8")
         summary["seconds"] = _since(began)
         more = {"recipe": text, "inputs": inputs, "output": written, "shard_size": options["shard_size"]}
-        _write_lineage(staging, summary, more)
+        _write_lineage(staging, summary, more, relative_to)
     for view in views:
         view.checkpoint.close()
     return {**summary, "digest": written, "cuvee_version": lineage.cuvee_version()}
@@ -289,10 +312,14 @@ def _add_side_files(
     (staging / "README.md").write_text(card, encoding="utf-8")
 
 
-def _write_lineage(staging: Path, summary: dict[str, Any], more: dict[str, Any]) -> None:
+def _write_lineage(staging: Path, summary: dict[str, Any], more: dict[str, Any], relative_to: Path | None) -> None:
+    folders = {
+        "working_directory": os.getcwd(),
+        "recipe_directory": str(relative_to.absolute()) if relative_to else None,
+    }
     versions = lineage.versions("numpy", "numba", "torch", "xxhash")
     content = {k: v for k, v in summary.items() if k != "out"}
-    lineage.write(staging, {**content, **more, "working_directory": os.getcwd(), "versions": versions})
+    lineage.write(staging, {**content, **more, **folders, "versions": versions})
 
 
 def _summary(recipe: Recipe, plan: Plan, views: _Views, out: Path) -> dict[str, Any]:
@@ -311,7 +338,7 @@ def _summary(recipe: Recipe, plan: Plan, views: _Views, out: Path) -> dict[str, 
 
 def _check_space(out: Path, plan: Plan) -> None:
     needed = sum(step.written for step in plan.steps)
-    parent = next(p for p in out.absolute().parents if p.exists())
+    parent = next(p for p in out.absolute().parents if os.path.exists(p))  # False where one may not look
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise MergeError(

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """The text with control characters as escapes: a stranger's tensor name must not command the terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class CuveeError(Exception):
     """A mistake that its user can mend.
 
@@ -19,7 +24,7 @@ class CuveeError(Exception):
     def __str__(self) -> str:
         line = f"{self.where}: {self.what}" if self.where else self.what
         line = f"{line}; {self.mend}" if self.mend else line
-        return " ".join(line.split())
+        return printable(" ".join(line.split()))
 
 
 class CheckpointError(CuveeError):

@@ -29,7 +29,8 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")  # half of a surrogate pair stays an escape
 
 
 def _modules(folder: Path) -> list[str]:
@@ -43,4 +44,4 @@ def _modules(folder: Path) -> list[str]:
         raise CheckpointError(f"cannot be read ({type(error).__name__})", where=str(file)) from error
     for path in paths:
         inside(folder, path)
-    return ["" if path in ("", ".") else str(PurePosixPath(path)) for path in paths]
+    return ["" if folder == "." else folder for folder in (str(PurePosixPath(path)) for path in paths)]

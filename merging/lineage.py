@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -75,7 +76,8 @@ def file_digest(file: Path) -> str:
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps({"cuvee_version": cuvee_version(), **content}, indent=2, ensure_ascii=False)
-    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+    # A folder's name that is no UTF-8 holds halves of surrogate pairs: they become JSON's own escapes.
+    (folder / FILE).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -84,7 +86,31 @@ def read(file: Path) -> dict[str, Any]:
     Raises:
         CuveeError: there is none.
     """
-    file = file / FILE if file.is_dir() else file
-    if not file.is_file():
+    file = file / FILE if os.path.isdir(file) else file
+    if not os.path.isfile(file):
         raise CuveeError("no such lineage", where=str(file), mend=f"give an output's folder or its {FILE}")
     return read_json(file)
+
+
+def read_merge(file: Path) -> dict[str, Any]:
+    """As `read`, and everything that a merge is made again from is there, of the right kind.
+
+    Raises:
+        CuveeError: it is not.
+    """
+    past = read(file)
+    if past.get("command") != "merge":
+        raise CuveeError("is not the lineage of a merge", where=str(file))
+    inputs = past.get("inputs")
+    sound = {
+        **{key: isinstance(past.get(key), str) for key in ("recipe", "device", "output", "working_directory")},
+        "recipe_directory": isinstance(past.get("recipe_directory"), str | None),
+        "seed": type(past.get("seed")) is int,
+        "shard_size": type(past.get("shard_size")) is int and past["shard_size"] > 0,
+        "inputs": isinstance(inputs, list)
+        and all(isinstance(i, dict) and {"model", "digest"} <= i.keys() for i in inputs),
+    }
+    for key, is_sound in sound.items():
+        if not is_sound:
+            raise CuveeError(f"has no '{key}', or none that can be used", where=str(file), mend="merge anew")
+    return past

@@ -40,9 +40,8 @@ def staged(out: Path, *, force: bool = False, marker: str = "cuvee.json") -> Ite
         refuse_existing(out, force=force, marker=marker)
         run, lock = _begin(out)
     except OSError as error:
-        raise CuveeError(
-            f"cannot write: {error.strerror}", where=str(out.parent), mend="choose another folder"
-        ) from error
+        what = "is no folder" if isinstance(error, FileExistsError) else f"cannot write: {error.strerror}"
+        raise CuveeError(what, where=str(out.parent), mend="choose another folder") from error
     try:
         (run / _NEW).mkdir()
         yield run / _NEW

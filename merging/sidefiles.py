@@ -143,7 +143,13 @@ def same_vocabulary(a: Checkpoint, b: Checkpoint) -> bool:
     Raises:
         CheckpointError: a tokenizer that cannot be read.
     """
-    first, second = (c.path / transformer_part(c.path) for c in (a, b))
+    try:
+        return _same_vocabulary(*(c.path / transformer_part(c.path) for c in (a, b)))
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(error.filename)) from error
+
+
+def _same_vocabulary(first: Path, second: Path) -> bool:
     if not (_vocabulary_files(first) and _vocabulary_files(second)):
         return True
     shared = [name for name in _vocabulary_files(first) if name in _vocabulary_files(second)]

@@ -50,11 +50,14 @@ class Running:
         self._server = _server()
         self._folder = tempfile.TemporaryDirectory()
         files = {stream: str(Path(self._folder.name, stream)) for stream in ("stdout", "stderr")}
+        for file in files.values():
+            Path(file).touch()  # it may be killed before it opens them
         self.pid = int(_ask(self._server, {**request, **files}))
 
     def kill(self) -> None:
-        """SIGKILL."""
-        os.kill(self.pid, signal.SIGKILL)
+        """SIGKILL, if it still runs."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
     def wait(self) -> Finished:
         assert self._server.stdout is not None
@@ -70,6 +73,7 @@ def start(
     file_size: int | None = None,
     files: int | None = None,
     user: int | None = None,
+    die_at: int | None = None,
     watch_memory: bool = False,
 ) -> Running:
     """Starts `cuvee ARGUMENTS`.
@@ -78,10 +82,12 @@ def start(
         file_size: no file may grow larger than so many bytes (RLIMIT_FSIZE): writes fail as on a full disk.
         files: no more than so many open files (RLIMIT_NOFILE).
         user: the number of the user to run as; only root may.
+        die_at: SIGKILL just before its n-th change of the file system: a file opened to write, made, renamed, removed.
         watch_memory: sample RssAnon every few milliseconds.
     """
-    request = {"cwd": str(cwd or Path.cwd()), "file_size": file_size, "files": files, "user": user}
-    return Running({"arguments": [str(a) for a in arguments], "watch": watch_memory, **request})
+    limits = {"file_size": file_size, "files": files, "user": user, "die_at": die_at}
+    request = {"arguments": [str(a) for a in arguments], "cwd": str(cwd or Path.cwd()), "watch": watch_memory}
+    return Running({**request, **limits})
 
 
 def run(*arguments: object, **conditions: Any) -> Finished:
@@ -163,6 +169,22 @@ def _watch(child: int) -> int:
     return largest
 
 
+class _Mortal:
+    """An audit hook that ends its own process before a change of the file system, the first being number 0."""
+
+    _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+
+    def __init__(self, last: int) -> None:
+        self._left = last
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and bool(int(arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+        if writes or event in self._CHANGES:
+            if self._left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self._left -= 1
+
+
 def _child(request: Mapping[str, Any]) -> int:
     import resource
 
@@ -180,6 +202,8 @@ def _child(request: Mapping[str, Any]) -> int:
     if request["user"] is not None:
         os.setgid(request["user"])
         os.setuid(request["user"])
+    if request["die_at"] is not None:
+        sys.addaudithook(_Mortal(request["die_at"]))
     sys.argv = ["cuvee", *request["arguments"]]
     code = 0
     try:

@@ -48,7 +48,11 @@ HEADERS: dict[str, Header] = {
     "not JSON": Header(container(b"{'w': 1}", _DATA), "malformed"),
     "cut JSON": Header(container(b'{"w": {"dtype": "F32"', _DATA), "malformed"),
     "JSON behind the JSON": Header(container(b"{}{}", b""), "malformed"),
-    "space before the JSON": Header(container(b" " + json.dumps({"w": _entry()}).encode(), _DATA[:16]), "malformed"),
+    "space before the JSON": Header(
+        container(b" " + json.dumps({"w": _entry()}).encode(), _DATA[:16]),
+        "malformed",
+        "the format wants a brace first",
+    ),
     "a list": Header(container(b"[1, 2]"), "malformed"),
     "a number": Header(container(b"17"), "malformed"),
     "null": Header(container(b"null"), "malformed"),
