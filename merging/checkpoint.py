@@ -313,9 +313,13 @@ def inside(folder: Path, relative: str) -> Path:
     """`folder / relative`, refused when it leads out of the folder.
 
     Raises:
-        CheckpointError: an absolute path, a drive, or any `..`.
+        CheckpointError: an absolute path, a drive, any `..`, or what no file can be called.
     """
     path = PurePosixPath(relative)
+    try:
+        os.fsencode(relative)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        raise CheckpointError(f"names '{relative}', which no file can be called", where=str(folder)) from None
     if path.is_absolute() or ".." in path.parts or "\\" in relative or ":" in relative or "\0" in relative:
         raise CheckpointError(f"names '{relative}', which leads out of the folder", where=str(folder))
     return folder / relative

@@ -75,7 +75,7 @@ def front_matter(folder: Path) -> dict[str, Any]:
         if not text.startswith("---\n") or "\n---" not in text[4:]:
             return {}
         value = yaml.safe_load(text[4 : text.index("\n---", 3)])
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -109,7 +109,7 @@ def _header(ingredients: Sequence[Ingredient], donor: Path | None) -> dict[str, 
 
 def _common_licence(cards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The licence, if all cards name one and the same."""
-    licences = [{key: card[key] for key in _LICENCE if key in card} for card in cards]
+    licences = [{key: card[key] for key in _LICENCE if isinstance(card.get(key), str)} for card in cards]
     return licences[0] if licences and "license" in licences[0] and all(e == licences[0] for e in licences) else {}
 
 

@@ -108,7 +108,7 @@ FOLDERS: dict[str, Folder] = {
     "shard on a drive": Folder(_naming("C:outside.safetensors"), "leads out of the folder"),
     "shard of a zero byte": Folder(_naming("../outside\0.safetensors"), "leads out of the folder"),
     "shard of a long name": Folder(_naming("x" * 5000 + ".safetensors"), "name too long"),
-    "shard of half a surrogate pair": Folder(_naming("\ud800.safetensors"), "which is missing"),
+    "shard of half a surrogate pair": Folder(_naming("\ud800.safetensors"), "which no file can be called"),
     "shard that is pickled": Folder(_naming("pytorch_model.bin"), "is no safetensors file"),
     "shard without a name": Folder(_naming(""), "is no safetensors file"),
     "missing shard": Folder(_missing_shard, f"names '{_TWO}', which is missing"),

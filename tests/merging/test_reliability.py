@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import merging
 from merging.errors import CuveeError
@@ -372,3 +374,60 @@ def test_no_damaged_header_gets_past_the_command(header: str, tmp_path: Path) ->
     recipe = write_recipe(tmp_path / "r.yml", "linear", *models)
     assert HEADERS[header].says in refused(run("merge", recipe, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+# ---- whatever a stranger's side files hold ----
+
+_WORDS = [
+    *("model_type", "tie_word_embeddings", "text_config", "quantization_config", "torch_dtype", "dtype", "auto_map"),
+    *("path", "type", "name", "license", "tags", "language", "base_model", "library_name", "model.Class", "../x.y.Z"),
+    *("", ".", "1_Pooling", "a/b", "a" * 300, "\0", "\ud800", "\x1b[2J", "é", "mit", "chat_template", "vocab", "model"),
+]
+_json: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(_WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_WORDS), inner, max_size=4),
+    max_leaves=12,
+)
+_modules = st.lists(st.fixed_dictionaries({"path": st.sampled_from(_WORDS), "type": _json}), max_size=3)
+_CARDS = [
+    *("---\nlicense: &a [*a]\n---\n", "---\n" + "[" * 1000 + "\n---\n", "---\ntags: 2024-99-99\n---\n", "---\n---\n"),
+    *(
+        "---\n\x07: 1\n---\n",
+        "---\n? [a]\n: b\n---\n",
+        "---\nlicense: !!python/name:os.system\n---\n",
+        "\ufeff---\nx: 1\n",
+    ),
+]
+_FILES = {
+    "config.json": _json,
+    "modules.json": _modules | _json,
+    "tokenizer_config.json": _json,
+    "tokenizer.json": _json,
+    "1_Pooling/config.json": _json,
+    "README.md": _json.map(lambda value: f"---\n{json.dumps(value)}\n---\n") | st.sampled_from(_CARDS),
+}
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.fixed_dictionaries({}, optional=_FILES),
+    st.sampled_from([{}, {"tokenizer_source": "base"}, {"dtype": "bfloat16"}, {"chat_template": "auto"}]),
+)
+def test_any_side_files_are_taken_or_told_in_one_line(contents: dict[str, Any], keys: dict[str, str]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        models = [write_model(place / f"{number}", tiny(number)) for number in range(2)]
+        for file, content in contents.items():
+            (models[0] / file).parent.mkdir(exist_ok=True)
+            (models[0] / file).write_text(content if file == "README.md" else json.dumps(content))
+        if "README.md" in contents:  # what both say of their licence is compared
+            shutil.copyfile(models[0] / "README.md", models[1] / "README.md")
+        recipe = merging.Recipe("task_arithmetic", [str(models[1])], str(models[0]), {"weight": 1.0}, **keys)
+        try:
+            merging.merge(recipe, place / "out")
+        except CuveeError as error:
+            assert str(error).isprintable()
+            assert not (place / "out").exists()
+        else:
+            assert (place / "out" / "model.safetensors").is_file()
+        assert sorted(path.name for path in place.iterdir() if path.name != "out") == ["0", "1"]
