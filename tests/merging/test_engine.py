@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -336,7 +337,21 @@ def test_names_that_are_no_text_are_no_obstacle(tmp_path: Path) -> None:
     assert files(tmp_path / "again") == files(place / "out")
 
 
-# ---- memory ----
+# ---- what it takes ----
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not list open files")
+@pytest.mark.parametrize("damage", [0.0, np.nan], ids=["merged", "refused"])
+def test_no_file_stays_open(damage: float, family: list[Path], tmp_path: Path) -> None:
+    write_model(
+        tmp_path / "more", {f"layer.{n}.{i}.w": some((90, 70 + i)) + damage for n in range(3) for i in range(4)}
+    )
+    recipe = merging.Recipe("linear", [str(model) for model in [*family, tmp_path / "more"]], **MEAN)
+    before = os.listdir("/proc/self/fd")
+    with contextlib.suppress(merging.MergeError):
+        merging.merge(recipe, tmp_path / "out")
+    assert os.listdir("/proc/self/fd") == before
+    assert (tmp_path / "out").exists() == (damage == 0)
 
 
 @pytest.fixture
