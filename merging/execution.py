@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,11 @@ class Execution:
 
         with ThreadPoolExecutor(self.threads) as pool:
             futures = [pool.submit(worker) for _ in range(self.threads)]
+            try:
+                wait(futures)
+            except BaseException:  # Ctrl-C: nobody may be at work any more when the files are closed
+                self.failed.set()
+                raise
         for future in futures:
             future.result()
 

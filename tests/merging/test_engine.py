@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +341,24 @@ def test_names_that_are_no_text_are_no_obstacle(tmp_path: Path) -> None:
 
 
 # ---- what it takes ----
+
+
+def test_an_interrupt_ends_the_workers_before_their_files_are_closed(family: list[Path], tmp_path: Path) -> None:
+    """A file number that is free again may soon be another file's."""
+    calls = []
+
+    def interrupt(done: int, total: int) -> None:
+        calls.append(done)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+
+    recipe = merging.Recipe("linear", [str(model) for model in family], **MEAN)
+    with pytest.raises(KeyboardInterrupt):
+        merging.merge(recipe, tmp_path / "out", threads=1, progress=interrupt)
+    assert not [thread.name for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name]
+    assert len(calls) == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not list open files")

@@ -124,6 +124,25 @@ def test_killed_at_random_moments_out_is_absent_or_complete(work: Work) -> None:
     work.run_again()
 
 
+def test_interrupted_at_random_moments_nothing_is_left(work: Work) -> None:
+    before, rng, interrupted = work.surroundings(), random.Random(0), 0
+    for _ in range(30):
+        running = start(*work.arguments)
+        time.sleep(rng.uniform(0.1, 1) * work.seconds)
+        running.interrupt()
+        finished = running.wait()
+        if work.out.exists():
+            assert tree(work.out) == work.result
+            shutil.rmtree(work.out)
+        elif finished.code == 130:
+            interrupted += 1
+            assert finished.err in ("", "interrupted\n")
+        assert finished.code in (0, 130), finished.err
+        assert sorted(path.name for path in work.out.parent.iterdir()) == [".out.partial-mine", "neighbour"]
+    assert work.surroundings() == before
+    assert interrupted > 10
+
+
 @pytest.mark.parametrize("replaced", [False, True], ids=["new", "replaced"])
 def test_killed_before_any_change_of_the_disk_out_is_absent_or_complete(replaced: bool, work: Work) -> None:
     """At every single change, in order, the renames into place among them."""
