@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -55,6 +56,7 @@ def merge(
     options["shard_size"] = parse_size(shard_size) if shard_size else None
     options = {name: value for name, value in options.items() if value is not None}
     options |= {"force": force, "dry_run": dry_run, "trust_remote_code": trust_remote_code, "note": say}
+    gc.disable()  # a plan is many small objects and no cycles: looking for some takes a quarter of the time
     with bytes_bar("merging") as progress:
         options["progress"] = progress
         if from_ is not None:

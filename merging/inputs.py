@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 #: A chunk's values: float32, on whatever device the kernels run (numpy or torch).
 Values: TypeAlias = Any
 CACHE_BYTES = 3 << 20  # what one chunk of all models takes on the CPU: small enough for the cache, worth its overhead
+_SMALL = 1 << 18  # elements up to which all models' vectors of a tensor may be held at once
 
 
 class Tensor(Protocol):
@@ -184,7 +185,9 @@ class Inputs:
     def cuts(
         self, values: Callable[[Chunk], Sequence[Values]], largest: Sequence[Sequence[int]], columns: int = 1
     ) -> list[list[Cut]]:
-        """Exact selection in two passes, without a sort: where to cut to keep the k largest magnitudes.
+        """Exact selection without a sort: where to cut to keep the k largest magnitudes.
+
+        Two passes that count by the upper and the lower bits of the magnitude; one where the vectors fit in memory.
 
         Args:
             values: from a chunk to one float32 vector for each entry of `largest`; it may work in place.
@@ -192,6 +195,12 @@ class Inputs:
             columns: as in `chunks`.
         """
         kernels = self.kernels
+        if self.numel <= _SMALL:
+            whole = kernels.empty((len(largest), self.numel))
+            for chunk in self.chunks(columns):
+                for row, vector in zip(whole, values(chunk), strict=True):
+                    row[chunk.start : chunk.stop] = vector
+            return [[Cut(*kernels.select(row, k)) for k in ks] for row, ks in zip(whole, largest, strict=True)]
         coarse = np.zeros((len(largest), 1 << 15), np.int64)
         for chunk in self.chunks(columns):
             for counts, vector in zip(coarse, values(chunk), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from merging import layers, methods
@@ -41,12 +42,12 @@ class Step:
     parameters: dict[str, Any]
     action: Literal["merge", "copy"]
 
-    @property
+    @cached_property
     def written(self) -> int:
         """Bytes of the result."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes read and written, once each."""
         return sum(info.nbytes for _, info in self.models) + (self.base[1].nbytes if self.base else 0) + self.written

@@ -6,7 +6,7 @@ Works, each of four checkpoints, made once under --folder and kept:
 
     llama-0.5b, llama-1b    Llama-shaped, bfloat16, sharded
     minilm                  the real all-MiniLM-L6-v2 and three that were moved away from it, float32
-    tensors-100, -10k       0.25 billion bfloat16 parameters in a hundred tensors, and in ten thousand
+    tensors-100, -10k       0.5 billion bfloat16 parameters in a hundred tensors, and in ten thousand
 
 Peers: `cuvee merge` and `mergekit-yaml -j 1`, each as a whole process; the floor reads every input byte once (`cat`) and
 writes the output's bytes once (`cp`). Peers take turns within a repeat, so that a change of the machine's speed meets all
@@ -206,7 +206,7 @@ def config(work: str) -> dict:
 
 def even_shapes(count: int) -> Shapes:
     """So many tensors of equal size, as a mixture of experts names them."""
-    rows = 250_000_000 // 512 // count
+    rows = 500_000_000 // 512 // count
     return [(f"model.layers.{i // 100}.mlp.experts.{i % 100}.up_proj.weight", (rows, 512)) for i in range(count)]
 
 

@@ -48,6 +48,7 @@ __all__ = [
     "narrow",
     "on_host",
     "row_gram",
+    "select",
     "sign_counts",
     "split_ties",
     "store",
@@ -183,6 +184,42 @@ def histogram(values: Floats, counts: NDArray[np.int64]) -> None:
 
 def fine_histogram(values: Floats, high: int, counts: NDArray[np.int64]) -> None:
     _fine_histogram(values.view(np.uint32), np.uint32(high), counts)
+
+
+@_compile(void(uint32[::1], int64, int64[::1]))
+def _select(bits, k, cut):
+    """Radix selection by 11, 10 and 10 bits: count, go on with the entries of the digit where the k-th largest lies."""
+    counts = np.empty(2048, np.int64)
+    left = np.empty(bits.size + 1, np.uint32)
+    size = bits.size
+    for c in range(size):
+        left[c] = bits[c] & np.uint32(0x7FFFFFFF)
+    for shift in (20, 10, 0):
+        counts[:] = 0
+        mask = np.uint32(2047 if shift == 20 else 1023)
+        for c in range(size):
+            counts[(left[c] >> np.uint32(shift)) & mask] += 1
+        digit = 2047
+        while digit > 0 and counts[digit] < k:
+            k -= counts[digit]
+            digit -= 1
+        cut[0] = (cut[0] << np.int64(11 if shift == 20 else 10)) | digit
+        kept = 0
+        for c in range(size):  # without a branch: what is not wanted is overwritten by the next
+            entry = left[c]
+            left[kept] = entry
+            kept += np.int64(((entry >> np.uint32(shift)) & mask) == np.uint32(digit))
+        size = kept
+    cut[1], cut[2] = k, size
+
+
+def select(values: Floats, k: int) -> tuple[int, int, int]:
+    if k <= 0:
+        return 0x7FFFFFFF, 0, 0
+    cut = np.zeros(3, np.int64)
+    _select(values.view(np.uint32), k, cut)
+    threshold, kept, equal = cut.tolist()
+    return threshold, kept, equal
 
 
 @_compile(void(uint32[::1], uint32))

@@ -108,6 +108,14 @@ class TorchKernels:
         bits = _bits(values) & MAGNITUDE
         counts += self.to_host(torch.bincount(bits[bits >> 16 == int(high)] & 0xFFFF, minlength=1 << 16))
 
+    def select(self, values: torch.Tensor, k: int) -> tuple[int, int, int]:
+        if k <= 0:
+            return 0x7FFFFFFF, 0, 0
+        magnitudes = _bits(values) & MAGNITUDE
+        threshold = torch.kthvalue(magnitudes, len(values) - k + 1).values
+        larger, equal = int((magnitudes > threshold).sum()), int((magnitudes == threshold).sum())
+        return int(threshold), k - larger, equal
+
     def keep_above(self, values: torch.Tensor, threshold: int) -> None:
         values.masked_fill_((_bits(values) & MAGNITUDE) < int(threshold), 0.0)
 

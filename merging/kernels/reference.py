@@ -107,6 +107,20 @@ def fine_histogram(values: Floats, high: int, counts: NDArray[np.int64]) -> None
     counts += np.bincount(bits[bits >> np.uint32(16) == high] & np.uint32(0xFFFF), minlength=1 << 16)
 
 
+def select(values: Floats, k: int) -> tuple[int, int, int]:
+    """Where to cut a whole vector (n,) to keep its k largest magnitudes.
+
+    Returns:
+        The k-th largest magnitude (bits), how many of those equal to it are kept, and how many are equal to it.
+    """
+    if k <= 0:
+        return 0x7FFFFFFF, 0, 0
+    magnitudes = values.view(np.uint32) & MAGNITUDE
+    threshold = np.partition(magnitudes, len(values) - k)[len(values) - k]
+    larger, equal = np.count_nonzero(magnitudes > threshold), np.count_nonzero(magnitudes == threshold)
+    return int(threshold), k - int(larger), int(equal)
+
+
 def keep_above(values: Floats, threshold: int) -> None:
     """Zeroes, in place, what has a magnitude under `threshold` (bits)."""
     values[(values.view(np.uint32) & MAGNITUDE) < threshold] = 0.0

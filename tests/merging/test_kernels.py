@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from merging.kernels import compiled, reference
 from tests.commands import ROOT, environment
 
+PATIENT = settings(deadline=None)  # a busy machine is no failure
 Draw = Callable[[np.random.Generator, int], NDArray[np.float64]]
 DISTRIBUTIONS: dict[str, Draw] = {
     "normal": lambda rng, n: rng.standard_normal(n),
@@ -40,6 +41,7 @@ def test_drop_by_rank(distribution: str, columns: int) -> None:
     np.testing.assert_array_equal(ours.view(np.uint32), numpys.view(np.uint32))
 
 
+@PATIENT
 @given(st.integers(1, 5000), st.integers(0, 5000), st.booleans(), st.integers(1, 200), st.integers(0, 99))
 def test_split_ties(size: int, remaining: int, keep_first: bool, levels: int, seed: int) -> None:
     values = np.random.default_rng(seed).integers(-levels, levels, size, endpoint=True).astype(np.float32)
@@ -60,3 +62,15 @@ def test_little_work_is_done_without_numba() -> None:
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
     )
     assert done.stdout == "[2.0, 2.0, 2.0] False\nTrue\n"
+
+
+@PATIENT
+@given(st.data(), st.sampled_from(sorted(DISTRIBUTIONS)), st.integers(1, 3000))
+def test_select(data: st.DataObject, distribution: str, size: int) -> None:
+    values = DISTRIBUTIONS[distribution](np.random.default_rng(size), size).astype(np.float32)
+    k = data.draw(st.integers(0, size))
+    threshold, kept, equal = compiled.select(values, k)
+    assert (threshold, kept, equal) == reference.select(values, k)
+    magnitudes = np.sort(np.abs(values))[::-1]
+    assert k == 0 or magnitudes[k - 1] == np.uint32(threshold).view(np.float32)
+    assert k == 0 or kept == k - np.count_nonzero(magnitudes > magnitudes[k - 1])
