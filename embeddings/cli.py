@@ -48,9 +48,8 @@ def _progress() -> Callable[[str, int, int], None]:
     def show(what: str, done: int, total: int) -> None:
         start = began.setdefault(what, time.monotonic())
         spent = time.monotonic() - start
-        left = spent / done * (total - done) if done else 0.0
-        end = "\n" if done >= total else ""
-        sys.stderr.write(f"\r{what}: {done}/{total}, {done / max(spent, 1e-9):.1f}/s, {left:.0f} s left   {end}")
+        rate = f", {done / spent:.1f}/s, {spent / done * (total - done):.0f} s left" if done and spent > 0 else ""
+        sys.stderr.write(f"\r{what}: {done}/{total}{rate:30}" + ("\n" if done >= total else ""))
         sys.stderr.flush()
 
     return show
