@@ -1,0 +1,378 @@
+"""EmbeddingModel: a sentence-transformers model with all that says which it is.
+
+A folder, a hub id, or `model+adapter`. Only safetensors are read; code that comes with a model runs with the user's
+flag only. What cannot embed texts (a reranker, a text generator, a bare adapter) is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from merging.checkpoint import Checkpoint, locate, read_json
+from merging.errors import CuveeError
+from merging.lineage import file_digest, weights_digest
+from merging.sidefiles import side_files
+from merging.sources import ModelRef
+
+DTYPES = ("float32", "bfloat16", "float16")
+#: Entries of a JSON file that say by which versions it was written, and from where.
+_NO_SETTINGS = ("_name_or_path", "transformers_version", "__version__", "dtype", "torch_dtype")
+#: Endings of `architectures` in config.json, and what such a model is.
+_NO_EMBEDDERS = {
+    "ForSequenceClassification": "is a classifier or reranker",
+    "ForTokenClassification": "labels single tokens",
+    "ForQuestionAnswering": "marks answers in a text",
+    "ForMultipleChoice": "chooses between answers",
+    "ForCausalLM": "generates text, and no modules.json says which of its tokens stands for the text",
+    "LMHeadModel": "generates text, and no modules.json says which of its tokens stands for the text",
+    "ForConditionalGeneration": "generates text, and no modules.json says which of its tokens stands for the text",
+}
+_NO_NAMES = re.compile(r"model|models|final|best|last|out|output|merged|latest|adapter|lora|checkpoint[-_]?\d*|\d*")
+
+
+@dataclass(frozen=True)
+class EmbeddingModel:
+    """A model that turns texts into vectors.
+
+    Attributes:
+        name: short, for tables; a hub id, or the end of the folder's path.
+        ref: as the user wrote it.
+        digest: 32 hexadecimal digits over the weights and all else that changes its vectors: modules, pooling,
+            tokenizer, config, prompts, adapter, dtype, truncation. Equal digests, equal vectors.
+        transformer: the SentenceTransformer, in evaluation mode; whatever its dtype, pooling is in float32.
+        max_length: tokens of a text that it reads; None where it has no limit.
+        dimension: of its vectors, after truncation.
+        prompts: texts by name that are put before an input, as the model's own configuration has them.
+        truncate_dim: only so many leading dimensions are kept; None for all.
+        notes: one line each, for the log.
+    """
+
+    name: str
+    ref: str
+    digest: str
+    transformer: Any
+    max_length: int | None
+    dimension: int
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    dtype: str = "float32"
+    device: str = "cpu"
+    truncate_dim: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def open_model(
+    ref: str | os.PathLike[str] | ModelRef,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    truncate_dim: int | None = None,
+    trust_remote_code: bool = False,
+    name: str | None = None,
+) -> EmbeddingModel:
+    """Opens a folder, a hub id (`owner/name[@revision]`), or either with a LoRA adapter (`model+adapter`).
+
+    Args:
+        revision: of a hub id.
+        dtype: one of `DTYPES`, of the transformer's weights and arithmetic.
+        device: "cpu" or a torch device.
+        truncate_dim: keep only so many leading dimensions, of a model that was trained for it.
+        trust_remote_code: run Python code that comes with the model.
+        name: for tables; by default `labels([ref])`.
+
+    Raises:
+        CuveeError: nothing there, no safetensors, no embedding model, or a setting that does not fit it.
+    """
+    model = _at_revision(ModelRef.parse(ref) if not isinstance(ref, ModelRef) else ref, revision)
+    if dtype not in DTYPES:
+        raise CuveeError(f"'{dtype}' is no dtype to encode in", where="dtype", mend=f"choose {', '.join(DTYPES)}")
+    if truncate_dim is not None and truncate_dim < 1:
+        raise CuveeError(f"{truncate_dim} dimensions are none", where="truncate_dim", mend="give a number from 1")
+    _check_device(device)
+    with Checkpoint.open(model) as checkpoint:
+        notes = refuse_other_kinds(checkpoint, trust_remote_code=trust_remote_code)
+        digest = _digest(checkpoint, model, dtype, truncate_dim)
+        with _merged(model, checkpoint.path) as folder:
+            transformer = _load(
+                folder, str(model), dtype=dtype, device=device, truncate_dim=truncate_dim, trusted=trust_remote_code
+            )
+    dimension = _dimension(transformer, str(model))
+    if truncate_dim is not None and dimension < truncate_dim:
+        raise CuveeError(
+            f"its vectors have {dimension} dimensions, not {truncate_dim}", where=str(model), mend="truncate to fewer"
+        )
+    return EmbeddingModel(
+        name=name or labels([model])[0],
+        ref=str(model),
+        digest=digest,
+        transformer=transformer,
+        max_length=max_length(transformer),
+        dimension=dimension,
+        prompts={key: text or "" for key, text in (getattr(transformer, "prompts", None) or {}).items()},
+        dtype=dtype,
+        device=device,
+        truncate_dim=truncate_dim,
+        notes=notes,
+    )
+
+
+def labels(refs: Sequence[str | os.PathLike[str] | ModelRef]) -> list[str]:
+    """A short name for each model, all different: hub ids as they are, of folders as much of the path's end as it takes.
+
+    Names that say nothing ("model", "checkpoint-500") bring their parent's; a model that is listed twice gets "#2".
+    """
+    models = [ref if isinstance(ref, ModelRef) else ModelRef.parse(ref) for ref in refs]
+    depth = [1] * len(models)
+    while True:
+        names = [_label(model, parts) for model, parts in zip(models, depth, strict=True)]
+        longer = [_label(model, parts + 1) for model, parts in zip(models, depth, strict=True)]
+        clash = [i for i, name in enumerate(names) if names.count(name) > 1 and longer[i] != name]
+        if not clash:
+            break
+        for i in clash:
+            depth[i] += 1
+    seen: dict[str, int] = {}
+    for i, name in enumerate(names):
+        seen[name] = seen.get(name, 0) + 1
+        names[i] = name if seen[name] == 1 else f"{name}#{seen[name]}"
+    return names
+
+
+def refuse_other_kinds(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> tuple[str, ...]:
+    """Notes on a model's folder, one line each; from its JSON files alone.
+
+    Raises:
+        CuveeError: it is no embedding model, or brings code that may not run.
+    """
+    folder = checkpoint.path
+    if not (folder / "modules.json").is_file():
+        if not checkpoint.config:
+            raise CuveeError("is no embedding model: it has no config.json", where=str(folder))
+        for architecture in map(str, checkpoint.config.get("architectures") or ()):
+            for ending, what in _NO_EMBEDDERS.items():
+                if architecture.endswith(ending):
+                    raise CuveeError(
+                        f"is no embedding model: {architecture} {what}",
+                        where=str(folder),
+                        mend="to use its backbone, save it by sentence-transformers with a Pooling module",
+                    )
+        return (f"{folder}: no modules.json says how it pools its tokens; their mean is taken",)
+    settings = folder / "config_sentence_transformers.json"
+    kind = read_json(settings).get("model_type", "SentenceTransformer") if settings.is_file() else "SentenceTransformer"
+    if kind != "SentenceTransformer":
+        what = {"CrossEncoder": "a reranker", "SparseEncoder": "a sparse encoder"}.get(str(kind), "of another kind")
+        raise CuveeError(f"is no embedding model: it is {what} ({kind})", where=str(folder))
+    types = [str(module.get("type", "")) for module in json.loads((folder / "modules.json").read_text("utf-8"))]
+    foreign = [name for name in types if not name.startswith("sentence_transformers.")]
+    if foreign and not trust_remote_code:
+        raise CuveeError(
+            f"brings code of its own ('{foreign[0]}'), which is not run unasked",
+            where=str(folder / "modules.json"),
+            mend="add --trust-remote-code if you trust it",
+        )
+    return ()
+
+
+@contextmanager
+def only_our_words() -> Iterator[list[str]]:
+    """Keeps transformers' bars and sentence-transformers' remarks off the terminal; gives transformers' warnings."""
+    from transformers.utils import logging as transformers_logging
+
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    remarks = logging.getLogger("sentence_transformers")
+    loading = logging.getLogger("transformers.modeling_utils")
+    before = (remarks.level, loading.level, loading.propagate)
+    kept = _Kept()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    remarks.setLevel(logging.ERROR)
+    loading.setLevel(logging.WARNING)
+    loading.propagate = False
+    loading.addHandler(kept)
+    try:
+        yield kept.messages
+    finally:
+        loading.removeHandler(kept)
+        transformers_logging.set_verbosity(level)
+        remarks.level, loading.level, loading.propagate = before
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+class _Kept(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def _at_revision(model: ModelRef, revision: str | None) -> ModelRef:
+    if revision is None or model.revision == revision:
+        return model
+    if model.revision is not None:
+        raise CuveeError(f"names the revision {model.revision}, not {revision}", where=str(model), mend="give one")
+    if os.path.isdir(os.path.expanduser(model.path)):
+        raise CuveeError("is a folder, which has no revisions", where=str(model), mend="leave the revision out")
+    return replace(model, revision=revision)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise CuveeError(f"cannot be used: {reason}", where=f"device {device}", mend="choose cpu") from error
+
+
+def _label(model: ModelRef, parts: int) -> str:
+    """The last `parts` names of the path, and of the adapter's; more where these say nothing."""
+
+    def end(path: str) -> str:
+        if not os.path.isdir(os.path.expanduser(path)):
+            return path
+        names = [name for name in Path(path).expanduser().resolve().parts if name != os.sep]
+        count = parts
+        while count < len(names) and _NO_NAMES.fullmatch(names[-count].lower()):
+            count += 1
+        return "/".join(names[-count:])
+
+    text = end(model.path) + (f"@{model.revision}" if model.revision else "")
+    return text if model.adapter is None else f"{text}+{end(model.adapter)}"
+
+
+def _digest(checkpoint: Checkpoint, model: ModelRef, dtype: str, truncate_dim: int | None) -> str:
+    digest = xxhash.xxh3_128()
+    digest.update(f"{weights_digest(checkpoint)}\n{dtype}\n{truncate_dim}\n".encode())
+    weights = [str(file.relative_to(checkpoint.path)) for file in checkpoint.weight_files]
+    files = [str(file) for file in side_files(checkpoint.path, weights) if _changes_vectors(file.name)]
+    _update(digest, checkpoint.path, files)
+    if model.adapter is not None:
+        adapter = locate(model.adapter, model.adapter_revision)
+        _update(digest, adapter, ["adapter_config.json", "adapter_model.safetensors"])
+    return digest.hexdigest()
+
+
+def _changes_vectors(name: str) -> bool:
+    return not name.startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "generation_config"))
+
+
+def _update(digest: xxhash.xxh3_128, folder: Path, files: Iterable[str]) -> None:
+    for name in sorted(files):
+        file = folder / name
+        if not file.is_file():
+            continue
+        content = file_digest(file)
+        if name.endswith("config.json") or name == "config_sentence_transformers.json":
+            settings = {key: value for key, value in read_json(file).items() if key not in _NO_SETTINGS}
+            if name == "config_sentence_transformers.json":
+                settings.pop("model_type", None)  # newer versions write what older ones leave unsaid
+            content = json.dumps(settings, sort_keys=True)
+        digest.update(f"{name}\0{content}\n".encode("utf-8", "surrogatepass"))
+
+
+@contextmanager
+def _merged(model: ModelRef, folder: Path) -> Iterator[Path]:
+    """The model's folder, or for a while one in which its adapter is merged into it, exactly, in float32."""
+    if model.adapter is None:
+        yield folder
+        return
+    from merging.engine import merge
+    from merging.recipe import Recipe
+
+    with tempfile.TemporaryDirectory(prefix="cuvee-adapter-") as scratch:
+        recipe = Recipe(
+            merge_method="linear", models=[{"model": model, "parameters": {"weight": 1.0}}], dtype="float32"
+        )
+        merge(recipe, Path(scratch) / "model")
+        yield Path(scratch) / "model"
+
+
+def _load(folder: Path, ref: str, *, dtype: str, device: str, truncate_dim: int | None, trusted: bool) -> Any:
+    import torch
+
+    # Its logging is set up on import; without this the import would undo what `only_our_words` does.
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise CuveeError("sentence-transformers is not installed", mend="pip install sentence-transformers")
+    from sentence_transformers import SentenceTransformer
+
+    with only_our_words() as warnings:
+        try:
+            transformer = SentenceTransformer(
+                str(folder),
+                device=device,
+                trust_remote_code=trusted,
+                local_files_only=True,
+                truncate_dim=truncate_dim,
+                model_kwargs={"dtype": getattr(torch, dtype), "use_safetensors": True},
+            )
+        except CuveeError:
+            raise
+        except Exception as error:  # every architecture has its own ways to fail
+            reason = next(iter(str(error).strip().splitlines()), "")[:160]
+            mend = "add --trust-remote-code if you trust its code" if "trust_remote_code" in str(error) else ""
+            what = f"cannot be loaded as an embedding model ({type(error).__name__}: {reason})"
+            raise CuveeError(what, where=ref, mend=mend) from error
+    _refuse_missing_weights(warnings, ref)
+    if dtype != "float32":
+        for module in list(transformer)[1:]:
+            module.float()
+        transformer[0].register_forward_hook(_in_float32)
+    return transformer.eval()
+
+
+def _refuse_missing_weights(warnings: Sequence[str], ref: str) -> None:
+    """What the files lack transformers fills with random numbers, and says so in a warning only."""
+    for warning in warnings:
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", warning)
+        missing = re.findall(r"^\s*(\S+)\s*\|\s*MISSING", plain, re.MULTILINE)
+        missing = [name for name in missing if "pooler" not in name and not name.startswith(("lm_head", "cls."))]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CuveeError(
+                f"lacks the weights '{missing[0]}'{more}, which would be random",
+                where=ref,
+                mend="fetch or save it again",
+            )
+
+
+def _in_float32(module: Any, inputs: Any, output: Any) -> Any:
+    import torch
+
+    if isinstance(output, dict):
+        for key, value in output.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                output[key] = value.float()
+    return output
+
+
+def _dimension(transformer: Any, ref: str) -> int:
+    """By a trial: some models cannot say, and what fails here is no embedding model."""
+    try:
+        vectors = transformer.encode(["text"], show_progress_bar=False)
+        return int(vectors.shape[1])
+    except Exception as error:  # every architecture has its own ways to fail
+        reason = next(iter(str(error).strip().splitlines()), "")[:160]
+        what = f"is no embedding model: it gives no vector for a text ({type(error).__name__}: {reason})"
+        raise CuveeError(what, where=ref) from error
+
+
+def max_length(transformer: Any) -> int | None:
+    """Tokens of a text that a SentenceTransformer reads; None where it has no limit."""
+    length = getattr(transformer, "max_seq_length", None)
+    return length if isinstance(length, int) and length < 1 << 30 else None
