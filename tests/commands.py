@@ -59,11 +59,6 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
 
-    def interrupt(self) -> None:
-        """SIGINT, as from Ctrl-C, if it still runs."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGINT)
-
     def wait(self) -> Finished:
         assert self._server.stdout is not None
         code, anonymous = json.loads(self._server.stdout.readline())
@@ -199,7 +194,6 @@ def _child(request: Mapping[str, Any]) -> int:
     for number, (name, mode) in enumerate(zip(streams, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
         os.dup2(os.open(name, mode | os.O_CREAT, 0o600), number)
     os.chdir(request["cwd"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # before and after the command itself
     if request["file_size"] is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], resource.RLIM_INFINITY))
@@ -213,15 +207,12 @@ def _child(request: Mapping[str, Any]) -> int:
     sys.argv = ["cuvee", *request["arguments"]]
     code = 0
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         cuvee.main()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
         code = 1
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
     return code
