@@ -40,7 +40,7 @@ class TorchKernels:
     def __init__(self, device: str) -> None:
         try:
             self.device = torch.device(device)
-            torch.empty(1, device=self.device)
+            torch.zeros(1, device=self.device).tolist()  # "meta" holds nothing that could come back
         except (RuntimeError, AssertionError) as error:
             reason = str(error).split("\n")[0][:100]
             raise MergeError(

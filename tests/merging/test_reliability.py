@@ -356,6 +356,7 @@ MISTAKES = {
     "no size": Mistake(_nothing, "--shard-size: 'many' is no size", more=("--shard-size", "many")),
     "no finite size": Mistake(_nothing, "--shard-size: 'infGB' is no size", more=("--shard-size", "infGB")),
     "no device": Mistake(_nothing, "--device abacus: no such device", more=("--device", "abacus")),
+    "no device that computes": Mistake(_nothing, "--device meta: no such device", more=("--device", "meta")),
     "no lineage": Mistake(_nothing, "no such lineage", more=("--from", "/nowhere/cuvee.json")),
 }
 
