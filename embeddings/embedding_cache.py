@@ -259,7 +259,8 @@ def _evict(connection: sqlite3.Connection, max_bytes: int) -> int:
             count = min(rows, int(rows * (1 - _KEEP * max_bytes / size)) + 1)
             oldest = "SELECT key FROM embeddings ORDER BY used LIMIT ?"
             connection.execute(f"DELETE FROM embeddings WHERE key IN ({oldest})", (count,))
-    connection.execute("PRAGMA incremental_vacuum").fetchall()
+    # It gives back one page a step, and `execute` takes one step of what has no columns.
+    connection.executescript("PRAGMA incremental_vacuum")
     return count
 
 
