@@ -61,6 +61,7 @@ class _FromFiles(AbsTask):
 
     def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
         if not self.data_loaded:
+            self.suite_task.refuse_changed()
             rows = {split: self.suite_task.read(split) for split in self._splits_to_read()}
             self.dataset = DatasetDict({split: Dataset.from_dict(data) for split, data in self._columns(rows).items()})
             self.data_loaded = True
@@ -78,6 +79,7 @@ class _Retrieval(_FromFiles, AbsTaskRetrieval):
 
     def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
         if not self.data_loaded:
+            self.suite_task.refuse_changed()
             self.dataset = {"default": {split: self._read(split) for split in self.eval_splits}}
             self.data_loaded = True
 

@@ -193,6 +193,11 @@ class SuiteTask:
             raise SuiteError("holds no row", where=str(file))
         return rows
 
+    def refuse_changed(self) -> None:
+        """Raises SuiteError if the task is not what it was when it was loaded: scores are kept under its digest."""
+        if load_task(Path(self.where)).digest != self.digest:
+            raise SuiteError("the task has changed since it was loaded", where=self.where, mend="run again")
+
     def mteb_task(self, split: str = "test") -> AbsTask:
         """An ordinary task of mteb that scores a model on a split; its data are read when they are needed.
 
@@ -340,7 +345,7 @@ def _file(given: Node, near: Path) -> Path:
 
 
 def _columns(root: Node, kind: Kind, splits: Mapping[str, Mapping[str, Path]]) -> dict[str, dict[str, str]]:
-    """`columns` by table. What is given flat belongs to every table that has such a column."""
+    """`columns` by table. What is given flat belongs to every table that has such a column, unless that says otherwise."""
     given = root.value.get("columns")
     tables = {table for files in splits.values() for table in files}
     known = {table: [c.name for c in (kind.columns if table == "rows" else TABLES[table])] for table in sorted(tables)}
@@ -349,7 +354,7 @@ def _columns(root: Node, kind: Kind, splits: Mapping[str, Mapping[str, Path]]) -
         return found
     if not isinstance(given.value, dict):
         raise SuiteError(f"'columns' must be a mapping, not {given}", where=given.where)
-    for name, item in given.value.items():
+    for name, item in sorted(given.value.items(), key=lambda each: isinstance(each[1].value, dict)):
         nested = isinstance(item.value, dict) and name in known
         for own, column in (item.value if nested else {name: item}).items():
             where_it_is = [table for table in ([name] if nested else known) if own in known[table]]
@@ -403,14 +408,15 @@ def _digest(settings: Mapping[str, Any], splits: Mapping[str, Mapping[str, Path]
     for split, tables in splits.items():
         for table, file in sorted(tables.items()):
             stat = file.stat()
-            digest.update(f"\n{split} {table} {_file_digest(file, stat.st_size, stat.st_mtime_ns)}".encode())
+            content = _file_digest(os.path.abspath(file), stat.st_size, stat.st_mtime_ns)
+            digest.update(f"\n{split} {table} {content}".encode())
     return f"xxh3:{digest.hexdigest()}"
 
 
 @cache
-def _file_digest(file: Path, size: int, modified: int) -> str:
+def _file_digest(file: str, size: int, modified: int) -> str:
     """Read once in a process while the file stays as it is."""
     try:
-        return lineage.file_digest(file)
+        return lineage.file_digest(Path(file))
     except OSError as error:
-        raise SuiteError(f"cannot be read: {error.strerror}", where=str(file)) from None
+        raise SuiteError(f"cannot be read: {error.strerror}", where=file) from None

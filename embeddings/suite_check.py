@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from merging.errors import CuveeError, printable
 ERROR, WARNING = "error", "warning"
 _EACH = 20  # findings of one sort in one file; the rest is counted
 Lines = Sequence[tuple[int, Row]]
+Tables = Mapping[str, Mapping[str, Lines]]
 
 
 @dataclass(frozen=True)
@@ -45,23 +47,25 @@ def check(folder: str | Path) -> list[Finding]:
         SuiteError: it is no suite at all: no such folder, or no task in it.
     """
     found: list[Finding] = []
+    read: list[tuple[SuiteTask, Tables]] = []
     for file in task_files(Path(folder)):
         try:
             task = load_task(file)
         except CuveeError as error:
             found.append(_of_error(error, file))
             continue
-        found += _few(check_task(task))
-    return found
+        tables: dict[str, dict[str, Lines]] = {}
+        found += _few(_check(task, tables))
+        read.append((task, tables))
+    return [*found, *_leaks_between(read)]
 
 
-def check_task(task: SuiteTask) -> Iterator[Finding]:
-    """What is wrong with one task."""
+def _check(task: SuiteTask, tables: dict[str, dict[str, Lines]]) -> Iterator[Finding]:
+    """What is wrong with one task; what could be read of it is left in `tables`, by split and table."""
     if "test" not in task.splits:
         yield Finding(task.where, 0, WARNING, "has no test split")
     if not task.licence:
         yield Finding(task.where, 0, WARNING, "states no licence")
-    tables: dict[str, dict[str, Lines]] = {}
     for split in SPLITS:
         if split in task.splits:
             tables[split] = {}
@@ -213,20 +217,45 @@ def _judgments(read: Mapping[str, Lines], files: Mapping[str, Path]) -> Iterator
             yield Finding(str(files["queries"]), line, WARNING, "has no relevant document: left out of the score")
 
 
-def _leaks(task: SuiteTask, tables: Mapping[str, Mapping[str, Lines]]) -> Iterator[Finding]:
+def _leaks(task: SuiteTask, tables: Tables) -> Iterator[Finding]:
     """Rows of train, and of validation, that ask what a later split asks."""
     asked: dict[tuple[str, ...], tuple[str, Path, int]] = {}
     for split in SPLITS:
-        table = "rows" if "rows" in tables.get(split, {}) else "queries"
-        rows = tables.get(split, {}).get(table, ())
-        file = task.splits[split][table] if rows else Path()
+        file, rows = _asking(task, tables, split)
         for line, row in rows:
             to, where, at = asked.setdefault(question(row), (split, file, line))
             if to != split:
                 yield Finding(str(file), line, ERROR, f"leaks from {split} into {to}: {where.name}:{at} asks the same")
 
 
-def _unseen_labels(task: SuiteTask, tables: Mapping[str, Mapping[str, Lines]]) -> Iterator[Finding]:
+def _leaks_between(read: Sequence[tuple[SuiteTask, Tables]]) -> Iterator[Finding]:
+    """Train splits that ask what another task's test split asks: whoever trains on all of them learns it by heart."""
+    trained: dict[tuple[str, ...], dict[str, tuple[Path, int]]] = defaultdict(dict)
+    for task, tables in read:
+        file, rows = _asking(task, tables, "train")
+        for line, row in rows:
+            trained[question(row)].setdefault(task.name, (file, line))
+    for task, tables in read:
+        shared: dict[str, list[tuple[int, Path, int]]] = defaultdict(list)
+        file, rows = _asking(task, tables, "test")
+        for line, row in rows:
+            for other, (where, at) in trained.get(question(row), {}).items():
+                if other != task.name:
+                    shared[other].append((line, where, at))
+        for other, ((line, where, at), *more) in shared.items():
+            also = f", and {len(more)} more do" if more else ""
+            message = f"asks what the train split of {other} holds: {where.parent.name}/{where.name}:{at}{also}"
+            yield Finding(str(file), line, WARNING, message)
+
+
+def _asking(task: SuiteTask, tables: Tables, split: str) -> tuple[Path, Lines]:
+    """The table of a split that asks: its rows, or its queries; none where there is no such split."""
+    table = "rows" if "rows" in tables.get(split, {}) else "queries"
+    rows = tables.get(split, {}).get(table, ())
+    return (task.splits[split][table] if rows else Path(task.where)), rows
+
+
+def _unseen_labels(task: SuiteTask, tables: Tables) -> Iterator[Finding]:
     if task.type != "Classification" or "rows" not in tables.get("train", {}):
         return
     trained = {row["label"] for _, row in tables["train"]["rows"]}
@@ -247,7 +276,7 @@ def _few(findings: Iterable[Finding]) -> Iterator[Finding]:
     last: dict[tuple[str, str, str], Finding] = {}
     for finding in findings:
         # Messages of one sort differ in what they quote and in their numbers.
-        sort = "".join(c for c in finding.message.split("'")[0] if not c.isdigit())
+        sort = re.sub(r"'[^']*'|\d+", "", finding.message)
         key = (finding.file, finding.severity, sort)
         count[key] += 1
         last[key] = finding

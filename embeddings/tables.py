@@ -79,8 +79,9 @@ def converted(raw: Mapping[str, Any], columns: Sequence[Column], named: Mapping[
         elif any(key in raw for key in spellings) and not column.optional:
             raise ValueError(f"'{spellings[0]}' is null")
         elif not column.optional:
+            ours = {key for each in columns for key in (each.name, *each.aliases)}
             has = f"the row has {quoted(raw)}" if raw else "the row is empty"
-            raise ValueError(f"has no '{spellings[0]}'; {did_you_mean(spellings[0], raw, has)}")
+            raise ValueError(f"has no '{spellings[0]}'; {did_you_mean(spellings[0], raw.keys() - ours, has)}")
     return row
 
 

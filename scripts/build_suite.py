@@ -4,8 +4,8 @@
     python scripts/build_suite.py SOURCE --full OUT       # every task in full; for experiments, not for redistribution
 
 SOURCE holds a folder for each task with train, validation and test.jsonl.gz. Samples are drawn with a fixed seed and the
-archives carry no time stamp: the same source gives the same bytes. Rows of train that occur in validation or test, and
-rows that occur twice, are left out.
+archives carry no time stamp: the same source gives the same bytes. Rows of train that ask what validation or test asks are
+left out, and rows that occur twice; but the test splits of the full-size suite are as they are, for the sake of comparison.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Task:
     sizes: Mapping[str, int] | None = None  # rows by split at most; None: all of every split
     metric: str | None = None
     languages: tuple[str, ...] = ()
+    whole_test: bool = False  # the test split keeps the rows that occur twice
+    tables: Callable[[Path], Mapping[str, Sequence[Row]]] | None = None  # of the test split, where it is no rows
 
 
 def main() -> None:
@@ -70,13 +72,16 @@ def build(source: Path, out: Path, tasks: Sequence[Task]) -> int:
         splits = {split: drawn[split] for split in SPLITS if split in drawn}
         if task.sizes is not None:
             splits = {split: sample(splits[split], size, rng) for split, size in task.sizes.items()}
-        splits = without_leaks({split: distinct(rows) for split, rows in splits.items()})
-        files = {}
-        for split, rows in splits.items():
+        as_it_is = "test" if task.whole_test else None
+        splits = {split: rows if split == as_it_is else distinct(rows) for split, rows in splits.items()}
+        files: dict[str, Any] = {}
+        for split, rows in without_leaks(splits).items():
             files[split] = f"{task.name}/{split}.jsonl.gz"
-            count = write(out / files[split], rows)
-            total += count
-            print(f"{files[split]}: {len(rows)} rows, {count / 1000:.0f} kB")
+            total += write(out / files[split], rows)
+        if task.tables is not None:
+            tables = task.tables(source)
+            files["test"] = {table: f"{task.name}/{table}.jsonl.gz" for table in tables}
+            total += sum(write(out / files["test"][table], rows) for table, rows in tables.items())
         write_yaml(out / f"{task.name}.yml", task, files)
     return total
 
@@ -96,11 +101,13 @@ def write_yaml(file: Path, task: Task, files: Mapping[str, Any]) -> None:
     file.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
 
 
-def write(file: Path, rows: Iterable[Row]) -> int:
+def write(file: Path, rows: Sequence[Row]) -> int:
     """JSONL in an archive that carries no time stamp; returns its bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return file.write_bytes(gzip.compress(lines.encode(), mtime=0))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    size = file.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    print(f"{file.parent.name}/{file.name}: {len(lines)} rows, {size / 1000:.0f} kB")
+    return size
 
 
 # What is drawn
@@ -119,8 +126,12 @@ def sample(rows: Sequence[Row], size: int, rng: random.Random) -> list[Row]:
 
 
 def distinct(rows: Iterable[Row]) -> list[Row]:
-    """Without rows that occur twice, but for case and space."""
-    return list({question(row): row for row in reversed(list(rows))}.values())[::-1]
+    """Without rows that occur twice, but for case and space; a query may have several positives."""
+    first: dict[Any, Row] = {}
+    for row in rows:
+        positive = row.get("positive")
+        first.setdefault((*question(row), plain(positive) if isinstance(positive, str) else ""), row)
+    return list(first.values())
 
 
 def without_leaks(splits: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:
@@ -169,6 +180,14 @@ def organ_systems(source: Path, rng: random.Random) -> dict[str, list[Row]]:
     rows = rows_of("hpo-organ-system", "text", "label", splits=["test"])(source, rng)["test"]
     count = Counter(row["label"] for row in rows)
     return {"test": [row for row in rows if count[row["label"]] >= 20]}
+
+
+def cranfield(source: Path) -> dict[str, list[Row]]:
+    """Without the two documents that are empty. The text begins with the title, so the title is left out."""
+    tables = {table: read(source / "cranfield" / f"{table}.jsonl.gz") for table in ("corpus", "queries", "qrels")}
+    corpus = [{"id": row["id"], "text": row["text"]} for row in tables["corpus"] if row["text"].strip()]
+    known = {row["id"] for row in corpus}
+    return {**tables, "corpus": corpus, "qrels": [row for row in tables["qrels"] if row["doc"] in known]}
 
 
 def german_emoji(source: Path, rng: random.Random) -> dict[str, list[Row]]:
@@ -280,7 +299,7 @@ def shipped_suite() -> list[Task]:
         Task(
             *("sentiment", "Regression", "in-domain", "How favourable a sentence of a review is, graded by people"),
             *(("MIT", "https://github.com/cjhutto/vaderSentiment"),),
-            rows_of("graded-sentiment-amazon", "text", "score"),
+            *(rows_of("graded-sentiment-amazon", "text", "score"), {"train": 2000, "test": 600, "validation": 295}),
         ),
         Task(
             *("organ-system", "Clustering", "out-of-domain", "Definitions of clinical signs, by organ system", HPO),
@@ -313,7 +332,8 @@ def full_suite() -> list[Task]:
     def task(folder: str, kind: str, description: str, *columns: str, group: str = "in-domain", **more: Any) -> Task:
         rows = more.pop("build", rows_of(folder, *columns))
         name = more.pop("name", folder)
-        return Task(name, kind, group, description, ("see the source; not for redistribution", folder), rows, **more)
+        origin = ("see the source; not for redistribution", folder)
+        return Task(name, kind, group, description, origin, rows, whole_test=True, **more)
 
     pair, labelled, outside = ("query", "positive"), ("text", "label"), "out-of-domain"
     return [
@@ -338,6 +358,12 @@ def full_suite() -> list[Task]:
             build=rows_of("hpo-organ-system", *labelled, splits=["test"]),
         ),
         task("wordnet-example-sense", "Retrieval", "The sense of a word in a sentence", *pair, group=outside),
+        task(
+            *("cranfield", "Retrieval", "Abstracts of aerodynamics for a question"),
+            group=outside,
+            build=lambda source, rng: {},
+            tables=cranfield,
+        ),
         task(
             *(
                 "wordnet-example-sense",
