@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -10,9 +11,7 @@ import embeddings.cli
 import merging.cli
 from merging.errors import CuveeError
 
-app = typer.Typer(
-    help="Several fine-tuned checkpoints in, one good model out.", no_args_is_help=True, pretty_exceptions_enable=False
-)
+app = typer.Typer(help="Several fine-tuned checkpoints in, one good model out.", pretty_exceptions_enable=False)
 merging.cli.register(app)
 embeddings.cli.register(app)
 
@@ -28,14 +27,26 @@ def _front(version: bool = typer.Option(False, "--version", help="Print the vers
 
 def main() -> None:
     """Runs the command line. Exit status: 0 done, 2 the user's mistake, 130 interrupted, 1 anything else."""
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     try:
-        app()
+        code = app(prog_name="cuvee", standalone_mode=False)
     except CuveeError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
+        _leave(f"error: {error}", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _leave("interrupted", 130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # the command line's own: an unknown option, a value out of range
+            raise
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "cuvee"
+        _leave(f"error: {command}: {error.format_message().rstrip('.')}; see {command} --help", 2)
+    sys.exit(code)
+
+
+def _leave(line: str, code: int) -> NoReturn:
+    sys.stderr.write(f"{line}\n")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -71,14 +71,22 @@ def main() -> None:
             row = {"work": work, **bench(options.folder, models, method, options.repeats, not options.no_mergekit)}
             rows.append(row)
             print(line(row), flush=True)
-    start_up = [timed([sys.executable, "-m", "cuvee", "--help"])[0] for _ in range(5)]
-    print(f"\nstart-up alone, `cuvee --help`: {statistics.median(start_up):.2f} s")
-    (options.folder / "bench_merge.json").write_text(json.dumps({"rows": rows, "help_seconds": start_up}, indent=2))
+    start_up = {
+        "cuvee --help": [sys.executable, "-m", "cuvee", "--help"],
+        "import numba": [sys.executable, "-c", "import numba"],
+    }
+    if not options.no_mergekit:
+        start_up["mergekit-yaml --help"] = [str(Path(sys.executable).parent / "mergekit-yaml"), "--help"]
+    seconds = {name: statistics.median(timed(command)[0] for _ in range(5)) for name, command in start_up.items()}
+    print("\nstart-up alone: " + ", ".join(f"`{name}` {spent:.2f} s" for name, spent in seconds.items()))
+    (options.folder / "bench_merge.json").write_text(json.dumps({"rows": rows, "start_up": seconds}, indent=2))
 
 
 def line(row: dict) -> str:
     ours, theirs = row["cuvee"], row.get("mergekit")
-    peer = f"{theirs[0]:.1f} ({theirs[1]:.1f}) | {theirs[0] / ours[0]:.1f}" if theirs else "– | –"
+    peer = "fails | –" if "mergekit" in row else "– | –"
+    if theirs:
+        peer = f"{theirs[0]:.1f} ({theirs[1]:.1f}) | {theirs[0] / ours[0]:.1f}"
     return (
         f"| {row['work']} | {row['method']} | {row['floor'][0]:.2f} | {ours[0]:.2f} ({ours[1]:.2f}) | "
         f"{ours[0] / row['floor'][0]:.1f} | {peer} |"
@@ -103,17 +111,27 @@ def bench(folder: Path, models: list[Path], method: str, repeats: int, with_merg
             *["-j", "1", "--no-copy-tokenizer"],
         ]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in peers}
+    failed = False
     for repeat in range(repeats + 1):
         for name, command in peers.items():
-            if name == "mergekit" and not repeat:
+            if name == "mergekit" and (failed or not repeat):
                 continue
             shutil.rmtree(out, ignore_errors=True)
-            spent = timed(command)
+            try:
+                spent = timed(command)
+            except subprocess.CalledProcessError:
+                if name != "mergekit":
+                    raise
+                failed = True
+                continue
             if repeat:  # round 0 warms pages and caches
                 times[name].append(spent)
     shutil.rmtree(out, ignore_errors=True)
-    medians = {n: tuple(statistics.median(t[i] for t in ts) for i in (0, 1)) for n, ts in times.items()}
-    return {"method": method, **medians, "all": times}
+    return {"method": method, **medians(times), **({"mergekit": None} if failed else {}), "all": times}
+
+
+def medians(times: dict[str, list[tuple[float, float]]]) -> dict[str, tuple[float, ...]]:
+    return {n: tuple(statistics.median(t[i] for t in ts) for i in (0, 1)) for n, ts in times.items() if ts}
 
 
 def timed(command: list[str]) -> tuple[float, float]:

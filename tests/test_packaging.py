@@ -6,9 +6,12 @@ import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from tests.commands import run
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("merging", "search", "embeddings")
@@ -62,3 +65,17 @@ def test_start_up_loads_nothing_heavy(code: str) -> None:
 
 def test_every_package_says_that_it_is_typed() -> None:
     assert all((ROOT / package / "py.typed").is_file() for package in PACKAGES)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["merge", "--nope"], ["merge", "--threads", "0", "a", "b"], ["inspect"]]
+)
+def test_a_slip_on_the_command_line_is_told_in_one_line(arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.count("\n") == 1 and done.err.startswith("error: cuvee") and "--help" in done.err
+
+
+def test_version_and_help() -> None:
+    assert run("--version").out.strip() == version("cuvee")
+    assert run().out == run("--help").out != ""
