@@ -64,13 +64,16 @@ def paired(one: Sequence[Examples], other: Sequence[Examples]) -> bool:
     return bool(one) and [(p.part, p.statistic, p.ids) for p in one] == [(p.part, p.statistic, p.ids) for p in other]
 
 
-def interval(values: Array, examples: int, level: float = 0.95) -> tuple[float, float]:
-    """The percentile interval of replicates (resamples,), widened for few examples.
+def interval(values: Array, examples: int, estimate: float | None = None, level: float = 0.95) -> tuple[float, float]:
+    """The percentile interval of replicates (resamples,), widened for few examples and centred on the estimate.
 
     A plain percentile interval is too narrow by sqrt((n − 1) / n), and a normal's quantile stands where Student's should.
+    Drawing twice what was there once lifts some scores (of clusterings) and so shifts their replicates: a trait of the
+    draws, not of the models, which is taken off.
 
     Args:
         examples: how many were resampled; of a mean over tasks, those of the smallest task.
+        estimate: what the replicates are of; by default their mean.
         level: the share of intervals that hold the truth, in (0, 1).
 
     Source: Hesterberg 2015, arXiv 1411.5279, section 3.4 (expanded percentile interval).
@@ -80,7 +83,8 @@ def interval(values: Array, examples: int, level: float = 0.95) -> tuple[float, 
     low = (1 - level) / 2
     if examples > 1:
         low = float(norm.cdf(t.ppf(low, examples - 1) * np.sqrt(examples / (examples - 1))))
-    first, last = np.quantile(values, [low, 1 - low])
+    shift = 0.0 if estimate is None else estimate - float(values.mean())
+    first, last = np.quantile(values, [low, 1 - low]) + shift
     return float(first), float(last)
 
 
@@ -119,6 +123,21 @@ def spearman(columns: Mapping[str, NDArray[Any]], weights: Array) -> Array:
     return _correlation(_ranks(columns["gold"], weights), _ranks(columns["predicted"], weights), weights)
 
 
+def kendall(columns: Mapping[str, NDArray[Any]], weights: Array) -> Array:
+    """Kendall's tau-b of "gold" and each column of "predicted" (examples, repetitions), the mean over them."""
+    gold, predicted = columns["gold"], columns["predicted"].reshape(len(columns["gold"]), -1)
+    size = weights.sum(axis=1)
+    pairs = size * (size - 1) / 2
+    drawn = weights.astype(np.float32)  # exact: counts below 2^24
+    total = np.zeros(len(weights))
+    for column in predicted.T:
+        agree = (_signs(gold) * _signs(column)).astype(np.float32)  # (examples, examples)
+        balance = ((drawn @ agree).astype(float) * weights).sum(axis=1) / 2
+        spread = np.sqrt((pairs - _tied(gold, weights)) * (pairs - _tied(column, weights)))
+        total += _ratio(balance, spread)
+    return np.asarray(total / predicted.shape[1])
+
+
 def average_precision(columns: Mapping[str, NDArray[Any]], weights: Array) -> Array:
     """Average precision of the 0/1 column "gold" by the greatest of the rankings in "predicted" (examples, rankings)."""
     predicted = columns["predicted"].reshape(len(columns["gold"]), -1)
@@ -150,6 +169,7 @@ STATISTICS: dict[str, Statistic] = {
     "mean": mean,
     "pearson": pearson,
     "spearman": spearman,
+    "kendall": kendall,
     "average_precision": average_precision,
     "v_measure": v_measure,
 }
@@ -174,6 +194,17 @@ def _ranks(values: NDArray[Any], weights: Array) -> Array:
     back = np.empty_like(group)
     back[order] = group
     return np.asarray(ranks[:, back])
+
+
+def _signs(values: NDArray[Any]) -> NDArray[np.int8]:
+    return np.asarray(np.sign(np.subtract.outer(values, values)), np.int8)
+
+
+def _tied(values: NDArray[Any], weights: Array) -> Array:
+    """How many pairs of each resample have equal values."""
+    order = np.argsort(values, kind="stable")
+    sizes = np.add.reduceat(weights[:, order], _groups(values[order])[0], axis=1)
+    return np.asarray((sizes * (sizes - 1) / 2).sum(axis=1))
 
 
 def _average_precision(gold: NDArray[Any], predicted: NDArray[Any], weights: Array) -> Array:

@@ -124,8 +124,9 @@ def compare(results: Sequence[Result], *, seed: int = 0, resamples: int = RESAMP
 
     if len(groups) > 1:
         rows += [mean_row(g, "group", [cells[t] for t in of], group=g) for g, of in groups.items()]
-    if 1 < len(types) < len(tasks):
-        rows += [mean_row(kind, "type", [cells[t] for t in of], type=kind) for kind, of in types.items()]
+    if len(types) > 1:
+        several = {kind: of for kind, of in types.items() if len(of) > 1}
+        rows += [mean_row(kind, "type", [cells[t] for t in of], type=kind) for kind, of in several.items()]
     if len(tasks) > 1:
         rows.append(mean_row(OVER_TASKS, "mean", list(cells.values())))
     if len(types) > 1:
@@ -230,7 +231,7 @@ def _difference(first: _Cell, other: _Cell) -> Difference:
     gap = other.score - first.score
     if first.replicates is None or other.replicates is None:
         return Difference(gap)
-    return Difference(gap, *interval(other.replicates - first.replicates, first.examples))
+    return Difference(gap, *interval(other.replicates - first.replicates, first.examples, gap))
 
 
 def _shown(score: float) -> str:

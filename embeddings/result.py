@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,15 +71,7 @@ class Result:
             "made_by": self.made_by,
             "examples": [_plain(examples) for examples in self.examples],
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        staged = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            staged.write_text(json.dumps(content) + "\n", encoding="utf-8")
-            staged.replace(file)
-        except OSError as error:
-            raise CuveeError(f"cannot write: {error.strerror}", where=str(file)) from error
-        finally:
-            staged.unlink(missing_ok=True)
+        write_whole(file, json.dumps(content) + "\n")
 
     @classmethod
     def load(cls, file: Path) -> Result:
@@ -98,6 +91,24 @@ class Result:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CuveeError("is no result of `cuvee evaluate`", where=str(file), mend="remove it") from error
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file, and the folders above it, so that whoever reads it finds the old text or the new.
+
+    Raises:
+        CuveeError: it cannot be written.
+    """
+    staged = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(text, encoding="utf-8", errors="backslashreplace")
+        staged.replace(file)
+    except OSError as error:
+        raise CuveeError(f"cannot write: {error.strerror}", where=str(file)) from error
+    finally:
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
 
 
 def _plain(examples: Examples) -> dict[str, Any]:

@@ -1,0 +1,189 @@
+"""Which tasks to run: mteb's by name, benchmark, language or type, and those of suites, each ready to be made anew.
+
+A task of mteb carries random state that goes on from call to call, so that a second model would be scored on other
+samples than the first. A `Target` makes a fresh one for every model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from embeddings import suite
+from merging.errors import CuveeError
+from merging.setting import quoted
+
+SHIPPED = "shipped"
+"""The name of the suite that comes with the package."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A task to run.
+
+    Attributes:
+        type, metric: as mteb calls them.
+        group: what its score is averaged with: the suite's group, or the benchmark it was named by.
+        dataset: {"path", "revision"}.
+        splits, subsets: what the score is the mean over.
+        prompts: of the task, for models that name none themselves.
+        fresh: from a seed to an mteb task that no model has been scored on.
+    """
+
+    name: str
+    type: str
+    metric: str
+    group: str
+    dataset: Mapping[str, str]
+    splits: tuple[str, ...]
+    subsets: tuple[str, ...]
+    fresh: Callable[[int], Any] = field(repr=False, compare=False)
+    prompts: Mapping[str, str] = field(default_factory=dict)
+
+
+def resolve(
+    names: Sequence[str] = (),
+    *,
+    suites: Sequence[Path | None] = (),
+    languages: Sequence[str] = (),
+    types: Sequence[str] = (),
+    split: str = "test",
+) -> list[Target]:
+    """The tasks that are named, each once.
+
+    Args:
+        names: of mteb's tasks and benchmarks, and of the suites' tasks.
+        suites: their folders; None is the suite that comes with the package. All of their tasks, or those that are named.
+        languages: as mteb writes them ("eng", "eng-Latn"); keeps those tasks and parts of tasks only. Without names
+            and suites: all of mteb's text tasks in them. Does not concern suites.
+        types: likewise, of all tasks.
+        split: of the suites' tasks.
+
+    Raises:
+        CuveeError: an unknown task, benchmark, language or type; two tasks of one name; none left.
+    """
+    if types:
+        _check_types(types)
+    own = [task for folder in suites for task in sorted(suite.load(folder), key=lambda task: task.group)]
+    picked = [task for task in own if task.name in names]
+    rest = [name for name in names if name not in {task.name for task in own}]
+    found: list[Target] = []
+    if rest or (not names and (languages or (types and not suites))):
+        found += _of_mteb(rest, languages, types)
+    found += [_of_suite(task, split) for task in picked or own if not types or task.type in types]
+    targets: dict[str, Target] = {}
+    for target in found:
+        known = targets.setdefault(target.name, target)
+        if (known.dataset, known.splits, known.subsets) != (target.dataset, target.splits, target.subsets):
+            raise CuveeError("is the name of two tasks", where=target.name, mend="rename the suite's, or leave one out")
+    if not targets:
+        raise CuveeError("no task is left", where="cuvee evaluate", mend="name --tasks or a --suite, or filter less")
+    return list(targets.values())
+
+
+def _of_suite(task: suite.SuiteTask, split: str) -> Target:
+    task.tables(split)
+    prompts: dict[str, str] = {}
+    if isinstance(task.prompt, str):
+        prompts = {task.name: task.prompt}
+    elif task.prompt:
+        prompts = {f"{task.name}-{kind}": text for kind, text in task.prompt.items()}
+    return Target(
+        name=task.name,
+        type=task.type,
+        metric=task.metric,
+        group=task.group,
+        dataset={"path": f"cuvee/{task.suite}/{task.name}", "revision": task.digest},
+        splits=(split,),
+        subsets=("default",),
+        fresh=lambda seed: _fresh(task.mteb_task(split), seed),
+        prompts=prompts,
+    )
+
+
+def _of_mteb(names: Sequence[str], languages: Sequence[str], types: Sequence[str]) -> Iterator[Target]:
+    import mteb
+
+    try:
+        if not names:
+            about: dict[str, Any] = {"languages": languages or None, "task_types": types or None}
+            tasks = mteb.get_tasks(**about, modalities=["text"], exclusive_modality_filter=True)
+            yield from (_target(task, "mteb") for task in tasks)
+        for group, task in _named(names):
+            if not types or task.metadata.type in types:
+                fresh = _fresh(task, task.seed)
+                if not languages or _keep_languages(fresh, languages):
+                    yield _target(fresh, group)
+    except ValueError as error:
+        if "language code" not in str(error):
+            raise
+        code = str(error).split(":", 1)[1].split(",")[0].strip()
+        raise CuveeError(f"'{code}' is no language", mend="write ISO 639-3 as mteb does, 'eng' or 'eng-Latn'") from None
+
+
+def _named(names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Group and task of each name; the group of a benchmark's tasks is the benchmark."""
+    import mteb
+
+    for name in names:
+        with suppress(KeyError):
+            yield "mteb", mteb.get_task(name)
+            continue
+        with suppress(KeyError):
+            yield from ((name, task) for task in mteb.get_benchmark(name).tasks)
+            continue
+        tasks = (task.metadata.name for task in mteb.get_tasks(exclude_superseded=False, exclude_private=False))
+        known = {known.lower(): known for known in (*tasks, *(each.name for each in mteb.get_benchmarks()))}
+        near = [known[found] for found in difflib.get_close_matches(name.lower(), known, n=3)]
+        mend = f"the nearest are {quoted(near)}" if near else "`mteb available-tasks` lists them"
+        raise CuveeError(f"'{name}' is no task or benchmark of mteb", where="--tasks", mend=mend)
+
+
+def _target(task: Any, group: str) -> Target:
+    about = task.metadata
+    return Target(
+        name=about.name,
+        type=about.type,
+        metric=about.main_score,
+        group=group,
+        dataset={"path": str(about.dataset["path"]), "revision": str(about.dataset["revision"])},
+        splits=tuple(task.eval_splits),
+        subsets=tuple(task.hf_subsets),
+        fresh=lambda seed: _fresh(task, seed),
+    )
+
+
+def _fresh(task: Any, seed: int) -> Any:
+    """A new task of the same kind, splits and languages."""
+    new = type(task)(seed=seed)
+    new.hf_subsets = list(task.hf_subsets)
+    new._eval_splits = task._eval_splits
+    return new
+
+
+def _keep_languages(task: Any, languages: Sequence[str]) -> bool:
+    """Leaves only the parts in these languages; whether any are left."""
+    try:
+        task.filter_languages(list(languages))
+    except ValueError as error:
+        if "No subsets" in str(error):
+            return False
+        raise
+    return True
+
+
+def _check_types(types: Iterable[str]) -> None:
+    from typing import get_args
+
+    from mteb.abstasks.task_metadata import TaskType
+
+    known = [name for name in get_args(TaskType) or () if isinstance(name, str)]
+    for name in types:
+        if known and name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            mend = f"the nearest are {quoted(near)}" if near else f"known: {quoted(known)}"
+            raise CuveeError(f"'{name}' is no type of task", where="--type", mend=mend)
