@@ -112,7 +112,7 @@ class EmbeddingCache:
                 damaged.append((key,))
                 continue
             found[key] = vector
-            if now - used >= _STALE:
+            if not isinstance(used, int) or now - used >= _STALE:
                 stale.append((now, key))
         if damaged or stale:
             with suppress(_Busy), _transaction(connection):
@@ -147,9 +147,8 @@ class EmbeddingCache:
 
     def _connect(self) -> sqlite3.Connection:
         if self._connection is not None and self._opened is not None and self._opened[0] != os.getpid():
-            self._connection = (
-                None  # a fork's copy, which only the parent may use; not closed: that would drop its locks
-            )
+            # A fork's copy, which only the parent may use; not closed: that would drop its locks.
+            self._connection = None
         if self._connection is None:
             with self._alone():
                 self._connection = _open(self.folder / FILE)
@@ -274,9 +273,9 @@ def _pack(key: bytes, vector: Vector) -> bytes:
     return bytes(xxhash.xxh3_64_digest(key + data)) + data
 
 
-def _unpack(key: bytes, stored: Any) -> Vector | None:
+def _unpack(key: Any, stored: Any) -> Vector | None:
     """The vector; None if it is not what was stored: SQLite does not check its pages."""
-    if not isinstance(stored, bytes) or len(stored) < _CHECKSUM_BYTES:
+    if not isinstance(key, bytes) or not isinstance(stored, bytes) or len(stored) < _CHECKSUM_BYTES:
         return None
     checksum, data = stored[:_CHECKSUM_BYTES], stored[_CHECKSUM_BYTES:]
     if checksum != xxhash.xxh3_64_digest(key + data):

@@ -8,7 +8,10 @@ wrapper of sentence-transformers chooses them, and the vectors are the same up t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,7 +122,7 @@ class Encoder:
             raise CuveeError(f"precision '{kwargs['precision']}' is not supported", mend="leave it out")
         texts: list[str] = []
         for batch in inputs:
-            if "text" not in batch:
+            if "text" not in batch or not batch.keys().isdisjoint(("image", "audio", "video")):
                 raise CuveeError("has inputs that are no texts", where=task_metadata.name)
             texts.extend(batch["text"])
         prompt, task = self.prompt_for(task_metadata, prompt_type)
@@ -214,45 +217,93 @@ class Encoder:
         if not new:
             return
         lengths = token_lengths(self.model, [texts[row] for row in new], prompt)
+        order = [[new[i] for i in batch] for batch in batches(lengths, budget=self._budget, rows=self._batch_size)]
         unsaved: list[int] = []
         done, saved = 0, time.monotonic()
-        for batch in batches(lengths, budget=self._budget, rows=self._batch_size):
-            rows = [new[i] for i in batch]
-            vectors[rows] = self._forward([texts[row] for row in rows], prompt, task, what)
-            done += len(rows)
-            self._progress(what, done, len(new))
-            if self.cache is not None:
-                unsaved += rows
-                if done == len(new) or time.monotonic() - saved > _SAVE_EVERY:
-                    self.cache.put_many({keys[row]: vectors[row] for row in unsaved})
-                    unsaved, saved = [], time.monotonic()
+        batch_texts = ([texts[row] for row in rows] for rows in order)
+        try:
+            with closing(self._forward_all(batch_texts, prompt, task)) as parts:
+                for rows, part in zip(order, parts, strict=True):
+                    self._refuse_not_finite(part, [texts[row] for row in rows], what)
+                    vectors[rows] = part
+                    unsaved += rows
+                    done += len(rows)
+                    self._progress(what, done, len(new))
+                    if time.monotonic() - saved > _SAVE_EVERY:
+                        self._save(unsaved, keys, vectors)
+                        unsaved, saved = [], time.monotonic()
+        finally:
+            self._save(unsaved, keys, vectors)
 
-    def _forward(self, texts: list[str], prompt: str | None, task: str | None, what: str) -> Vectors:
+    def _save(self, rows: Sequence[int], keys: Sequence[bytes], vectors: Vectors) -> None:
+        if self.cache is not None and rows:
+            self.cache.put_many({keys[row]: vectors[row] for row in rows})
+
+    def _forward_all(
+        self, parts: Iterable[list[str]], prompt: str | None, task: str | None
+    ) -> Generator[Vectors, None, None]:
+        """The vectors of each batch, in order. A CPU works on several at a time, with one thread each.
+
+        Threads within one operation wait for each other after each of them, and such small operations are short; on a
+        core that is busy elsewhere they wait long. One thread each also makes vectors independent of their number.
+        """
         import torch
 
         kwargs = {} if task is None else {"task": task}
+        prepared = (self.model.preprocess(part, prompt=prompt, **kwargs) for part in parts)  # not thread-safe
+        workers = torch.get_num_threads() if self.embedding_model.device == "cpu" else 1
+        if workers == 1:
+            yield from (self._forward(features, kwargs) for features in prepared)
+            return
+        torch.set_num_threads(1)
+        pool = ThreadPoolExecutor(workers)
+        try:
+            waiting: deque[Future[Vectors]] = deque()
+            for features in prepared:
+                waiting.append(pool.submit(self._forward, features, kwargs))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(workers)
+
+    def _forward(self, features: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Vectors:
+        import torch
+
+        device, dimension = self.model.device, self.embedding_model.dimension
+        moved = {key: value.to(device) if hasattr(value, "to") else value for key, value in features.items()}
         with torch.inference_mode():
             try:
-                features = self.model.preprocess(texts, prompt=prompt, **kwargs)
-                features = {k: v.to(self.model.device) if hasattr(v, "to") else v for k, v in features.items()}
-                embeddings = self.model(features, **kwargs)["sentence_embedding"]
-            except torch.OutOfMemoryError:
-                if len(texts) == 1:
+                embeddings = self.model(moved, **kwargs)["sentence_embedding"]
+            except torch.cuda.OutOfMemoryError:
+                count = len(features["input_ids"]) if "input_ids" in features else 1
+                if count == 1:
                     raise
                 torch.cuda.empty_cache()
-                half = len(texts) // 2
-                self._budget = max(1, self._budget // 2)
-                parts = (self._forward(part, prompt, task, what) for part in (texts[:half], texts[half:]))
-                return np.concatenate(list(parts))
-            vectors: Vectors = embeddings[:, : self.embedding_model.dimension].float().cpu().numpy()
-        if not np.isfinite(vectors).all():
-            first = texts[int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])]
+                self._budget = max(1, min(self._budget, features["input_ids"].numel() // 2))  # from the next call on
+                return np.concatenate([self._forward(half, kwargs) for half in _halves(features, count)])
+            vectors: Vectors = embeddings[:, :dimension].float().cpu().numpy()
+        return vectors
+
+    def _refuse_not_finite(self, vectors: Vectors, texts: Sequence[str], what: str) -> None:
+        bad = ~np.isfinite(vectors).all(axis=1)  # (texts,)
+        if bad.any():
             raise CuveeError(
-                f"gives a vector that is not finite (NaN) for {first[:60]!r}",
+                f"gives a vector that is not finite (NaN) for {texts[int(bad.argmax())][:60]!r}",
                 where=f"{self.embedding_model.name} on {what}",
                 mend="encode in float32" if self.embedding_model.dtype != "float32" else "the model is damaged",
             )
-        return vectors
+
+
+def _halves(features: Mapping[str, Any], count: int) -> Iterator[dict[str, Any]]:
+    """A batch cut in two: what has a row for each text, and all else as it is."""
+    for part in (slice(None, count // 2), slice(count // 2, None)):
+        yield {
+            key: value[part] if hasattr(value, "shape") and value.ndim and len(value) == count else value
+            for key, value in features.items()
+        }
 
 
 def batches(lengths: Sequence[int], *, budget: int, rows: int | None = None) -> Iterator[NDArray[np.intp]]:
@@ -275,8 +326,10 @@ def batches(lengths: Sequence[int], *, budget: int, rows: int | None = None) -> 
 def token_lengths(transformer: Any, texts: Sequence[str], prompt: str | None = None) -> list[int]:
     """Tokens of each text as the model reads it; of a model without a tokenizer of transformers', an estimate."""
     limit = max_length(transformer)
+    from transformers import PreTrainedTokenizerBase
+
     tokenizer: Any = getattr(transformer, "tokenizer", None)
-    if not hasattr(tokenizer, "_batch_encode_plus") and not hasattr(tokenizer, "_tokenizer"):
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
         lengths = [len(text) // 4 + 1 for text in texts]
         return lengths if limit is None else [min(length, limit) for length in lengths]
     full = [prompt + text for text in texts] if prompt else list(texts)

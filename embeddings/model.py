@@ -6,7 +6,6 @@ flag only. What cannot embed texts (a reranker, a text generator, a bare adapter
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -39,6 +38,7 @@ _NO_EMBEDDERS = {
     "LMHeadModel": "generates text, and no modules.json says which of its tokens stands for the text",
     "ForConditionalGeneration": "generates text, and no modules.json says which of its tokens stands for the text",
 }
+_ALL_PARTS = 1 << 20
 _NO_NAMES = re.compile(r"model|models|final|best|last|out|output|merged|latest|adapter|lora|checkpoint[-_]?\d*|\d*")
 
 
@@ -134,11 +134,13 @@ def labels(refs: Sequence[str | os.PathLike[str] | ModelRef]) -> list[str]:
     Names that say nothing ("model", "checkpoint-500") bring their parent's; a model that is listed twice gets "#2".
     """
     models = [ref if isinstance(ref, ModelRef) else ModelRef.parse(ref) for ref in refs]
-    depth = [1] * len(models)
+    depth, whole = [1] * len(models), [_label(model, _ALL_PARTS) for model in models]
     while True:
         names = [_label(model, parts) for model, parts in zip(models, depth, strict=True)]
-        longer = [_label(model, parts + 1) for model, parts in zip(models, depth, strict=True)]
-        clash = [i for i, name in enumerate(names) if names.count(name) > 1 and longer[i] != name]
+        owners: dict[str, set[str]] = {}
+        for name, path in zip(names, whole, strict=True):
+            owners.setdefault(name, set()).add(path)
+        clash = [i for i, name in enumerate(names) if len(owners[name]) > 1 and name != whole[i]]
         if not clash:
             break
         for i in clash:
@@ -247,9 +249,10 @@ def _label(model: ModelRef, parts: int) -> str:
         if not os.path.isdir(os.path.expanduser(path)):
             return path
         names = [name for name in Path(path).expanduser().resolve().parts if name != os.sep]
-        count = parts
+        count = 1
         while count < len(names) and _NO_NAMES.fullmatch(names[-count].lower()):
             count += 1
+        count = min(len(names), count + parts - 1)
         return "/".join(names[-count:])
 
     text = end(model.path) + (f"@{model.revision}" if model.revision else "")
@@ -305,10 +308,6 @@ def _merged(model: ModelRef, folder: Path) -> Iterator[Path]:
 
 def _load(folder: Path, ref: str, *, dtype: str, device: str, truncate_dim: int | None, trusted: bool) -> Any:
     import torch
-
-    # Its logging is set up on import; without this the import would undo what `only_our_words` does.
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise CuveeError("sentence-transformers is not installed", mend="pip install sentence-transformers")
     from sentence_transformers import SentenceTransformer
 
     with only_our_words() as warnings:
@@ -321,8 +320,6 @@ def _load(folder: Path, ref: str, *, dtype: str, device: str, truncate_dim: int 
                 truncate_dim=truncate_dim,
                 model_kwargs={"dtype": getattr(torch, dtype), "use_safetensors": True},
             )
-        except CuveeError:
-            raise
         except Exception as error:  # every architecture has its own ways to fail
             reason = next(iter(str(error).strip().splitlines()), "")[:160]
             mend = "add --trust-remote-code if you trust its code" if "trust_remote_code" in str(error) else ""

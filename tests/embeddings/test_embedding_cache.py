@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,7 @@ def test_a_batch_larger_than_the_bound_is_no_error(tmp_path: Path) -> None:
         assert len(cache) == 0
 
 
-DAMAGE = {
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda data: b"",
     "text": lambda data: b"no database\n" * 1000,
     "cut in half": lambda data: data[: len(data) // 2],
@@ -138,7 +139,6 @@ def test_a_damaged_file_begins_anew_and_never_raises(tmp_path: Path, damage: str
         for key, vector in cache.get_many(list(first)).items():
             np.testing.assert_array_equal(vector, first[key])
         cache.put_many(second)
-        cache.put_many(second)  # the first may have met the damage
         assert_holds(cache, second)
     with EmbeddingCache(tmp_path) as cache:
         assert_holds(cache, second)
@@ -184,6 +184,7 @@ def test_a_file_replaced_under_an_open_cache_is_found_again(tmp_path: Path) -> N
 
 def test_two_processes_and_threads_lose_nothing(tmp_path: Path) -> None:
     code = """
+from collections.abc import Callable
 from pathlib import Path
 from tests.embeddings.test_embedding_cache import EmbeddingCache, vectors
 cache = EmbeddingCache(Path(sys.argv[1]))
@@ -209,6 +210,7 @@ for seed in range(100, 110):
 def test_two_processes_replace_a_damaged_file_once(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"no database\n" * 1000)
     code = """
+from collections.abc import Callable
 from pathlib import Path
 from tests.embeddings.test_embedding_cache import EmbeddingCache, vectors
 print("ready", flush=True)
@@ -225,6 +227,7 @@ with EmbeddingCache(Path(sys.argv[1])) as cache:
 
 def test_what_was_put_survives_a_kill_at_any_moment(tmp_path: Path) -> None:
     code = """
+from collections.abc import Callable
 from pathlib import Path
 from tests.embeddings.test_embedding_cache import EmbeddingCache, vectors
 cache = EmbeddingCache(Path(sys.argv[1]))
@@ -246,6 +249,7 @@ while True:
 def test_a_fork_does_not_use_its_parents_connection(tmp_path: Path) -> None:
     code = """
 import os
+from collections.abc import Callable
 from pathlib import Path
 from tests.embeddings.test_embedding_cache import EmbeddingCache, assert_holds, vectors
 cache = EmbeddingCache(Path(sys.argv[1]))
@@ -266,6 +270,7 @@ print("ready", flush=True)
 def test_on_a_full_disk_the_work_goes_on_without_it(tmp_path: Path) -> None:
     code = """
 import resource, signal
+from collections.abc import Callable
 from pathlib import Path
 from tests.embeddings.test_embedding_cache import EmbeddingCache, vectors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
