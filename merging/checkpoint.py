@@ -208,19 +208,28 @@ def module_folders(folder: Path) -> list[str]:
     """Where a model's weights may lie: "" (the folder itself), then the sub-folders that its modules.json names.
 
     Raises:
+        CheckpointError: as `module_paths`.
+    """
+    return list(dict.fromkeys(["", *module_paths(folder)]))
+
+
+def module_paths(folder: Path) -> list[str]:
+    """The path of each module in sentence-transformers' modules.json, "" for the folder itself; none for other models.
+
+    Raises:
         CheckpointError: modules.json cannot be read, or a path leads out of the folder.
     """
     file = folder / "modules.json"
     if not file.is_file():
-        return [""]
+        return []
     try:
         paths = [str(module["path"]) for module in json.loads(file.read_text(encoding="utf-8"))]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"cannot be read ({type(error).__name__})", where=str(file)) from error
     for path in paths:
         inside(folder, path)
-    folders = (str(PurePosixPath(path)) for path in paths)
-    return list(dict.fromkeys(["", *(folder for folder in folders if folder != ".")]))
+    normal = (str(PurePosixPath(path)) for path in paths)
+    return ["" if path == "." else path for path in normal]
 
 
 def read_header(file: Path) -> list[TensorInfo]:

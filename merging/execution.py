@@ -68,7 +68,10 @@ class Execution:
         """Runs `work` on every step; the first error stops the others and is raised."""
         remaining = iter(steps)
 
+        begin = threading.Event()  # once all workers are known to the pool, which waits for no other
+
         def worker() -> None:
+            begin.wait()
             while not self.failed.is_set():
                 with self.lock:
                     step = next(remaining, None)
@@ -82,11 +85,13 @@ class Execution:
                     raise
 
         with ThreadPoolExecutor(self.threads) as pool:
-            futures = [pool.submit(worker) for _ in range(self.threads)]
             try:
+                futures = [pool.submit(worker) for _ in range(self.threads)]
+                begin.set()
                 wait(futures)
             except BaseException:  # Ctrl-C: nobody may be at work any more when the files are closed
                 self.failed.set()
+                begin.set()
                 raise
         for future in futures:
             future.result()

@@ -22,9 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from merging.checkpoint import Checkpoint
+from merging.checkpoint import Checkpoint, module_folders
 from merging.errors import CuveeError, MergeError, RecipeError
-from merging.layout import module_folders
 from merging.mergekit_recipe import as_mapping, check_keys, check_parameters, is_mixture, place, with_references
 from merging.node import Node, read
 from merging.recipe import Recipe
@@ -189,7 +188,7 @@ def finish(staging: Path, donor: Checkpoint) -> list[str]:
         (staging / name).unlink(missing_ok=True)
     copy_sidefiles(donor, staging, out_dtype=None, only_missing=True)
     notes = []
-    for folder in module_folders(donor.path):
+    for folder in module_folders(donor.path)[1:]:
         files = {info.file for name, info in donor.tensors.items() if name.startswith(f"{folder}/")}
         for file in sorted(files):
             shutil.copyfile(file, staging / folder / file.name)

@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merging.chat_template import find_template, set_template
-from merging.checkpoint import Checkpoint, inside, read_json
+from merging.checkpoint import Checkpoint, inside, module_folders, read_json
 from merging.errors import CheckpointError, MergeError
-from merging.layout import has_tokenizer, module_folders, transformer_part, write_json
+from merging.layout import has_tokenizer, transformer_part, write_json
 
 #: Weights, in whatever form.
 WEIGHT_SUFFIXES = (
@@ -80,7 +80,7 @@ def copy_sidefiles(
                 _copy(donor.path, relative, target / relative)
         if tokenizer_from is not None and not own_tokenizer and not had_tokenizer:
             _copy_tokenizer(tokenizer_from, target / part)
-        for folder in dict.fromkeys(["", *module_folders(donor.path)]):
+        for folder in module_folders(donor.path):
             (target / folder).mkdir(parents=True, exist_ok=True)  # modules without settings have empty folders
             if out_dtype is not None and (target / folder / "config.json").is_file():
                 set_dtype(target / folder / "config.json", out_dtype)
@@ -100,7 +100,7 @@ def side_files(folder: Path, weights: Iterable[str] = ()) -> Iterator[PurePosixP
         MergeError: a module keeps weights where they are not merged.
     """
     skipped = {PurePosixPath(file) for file in weights}
-    modules = module_folders(folder)
+    modules = module_folders(folder)[1:]
     code = _custom_code(folder, modules)
     for file in sorted(folder.iterdir()):
         relative = PurePosixPath(file.name)
