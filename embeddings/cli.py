@@ -107,7 +107,7 @@ def evaluate(
     elif comparison is not None and not as_json:
         _print(comparison)
     finish(result, as_json)
-    evaluation.refuse_failures(result)
+    evaluation.refuse_failures(result, say)
 
 
 def quickstart(
@@ -173,7 +173,7 @@ def _print(comparison: Any) -> None:
 
     from embeddings.comparison import table
 
-    Console().print(table(comparison))
+    Console(width=None if sys.stdout.isatty() else 240).print(table(comparison))
 
 
 def _progress() -> Callable[[str, int, int], None]:

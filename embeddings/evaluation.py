@@ -150,11 +150,14 @@ def evaluate(
     return content, comparison
 
 
-def refuse_failures(content: Mapping[str, Any]) -> None:
-    """Raises CuveeError in one line if a score is missing, with the first reason and where the others are kept."""
+def refuse_failures(content: Mapping[str, Any], note: Callable[[str], None] | None = None) -> None:
+    """Raises CuveeError for the first score that is missing; the other ones are noted before, a line each."""
     failed = [(model, line) for model, lines in content.get("failed", {}).items() for line in lines.values()]
+    if note is not None:
+        for model, line in failed[1:]:
+            note(f"{model}: {line}")
     if failed:
-        missing = f"{len(failed)} scores are missing, the first: " if len(failed) > 1 else ""
+        missing = f"{len(failed)} scores are missing, one because: " if len(failed) > 1 else ""
         raise CuveeError(
             f"{missing}{failed[0][1]}", where=failed[0][0], mend=f"what is done is kept in {content['out']}"
         )
@@ -191,7 +194,6 @@ class _Run:
                     self.results.append(self._score_task(model, target, cache))
                 except CuveeError as error:
                     self.failed.setdefault(label, {})[target.name] = str(error)
-                    self.note(f"{label}: {error}")
         return {"digest": model.digest, "dimension": model.dimension, "max_length": model.max_length}
 
     def _score_task(self, model: Any, target: Target, cache: EmbeddingCache) -> Result:

@@ -349,8 +349,10 @@ def test_a_failing_task_is_told_in_one_line_and_the_rest_is_kept(minilm: Path, s
     (failed,) = content["failed"].values()
     assert set(failed) == {"broken", "lost"} and "not a number" in failed["broken"] and "unheard" in failed["lost"]
     assert comparison is not None and content["scores"][comparison.models[0]].keys() == {"one", "two"}
+    others: list[str] = []
     with pytest.raises(CuveeError, match="2 scores are missing"):
-        refuse_failures(content)
+        refuse_failures(content, others.append)
+    assert len(others) == 1
     assert json.loads((tmp_path / "out" / "cuvee.json").read_text("utf-8"))["state"] == "incomplete"
 
 
