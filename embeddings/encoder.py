@@ -8,10 +8,7 @@ wrapper of sentence-transformers chooses them, and the vectors are the same up t
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -220,18 +217,16 @@ class Encoder:
         order = [[new[i] for i in batch] for batch in batches(lengths, budget=self._budget, rows=self._batch_size)]
         unsaved: list[int] = []
         done, saved = 0, time.monotonic()
-        batch_texts = ([texts[row] for row in rows] for rows in order)
         try:
-            with closing(self._forward_all(batch_texts, prompt, task)) as parts:
-                for rows, part in zip(order, parts, strict=True):
-                    self._refuse_not_finite(part, [texts[row] for row in rows], what)
-                    vectors[rows] = part
-                    unsaved += rows
-                    done += len(rows)
-                    self._progress(what, done, len(new))
-                    if time.monotonic() - saved > _SAVE_EVERY:
-                        self._save(unsaved, keys, vectors)
-                        unsaved, saved = [], time.monotonic()
+            for rows in order:
+                part = [texts[row] for row in rows]
+                vectors[rows] = self._forward_texts(part, prompt, task, what)
+                unsaved += rows
+                done += len(rows)
+                self._progress(what, done, len(new))
+                if time.monotonic() - saved > _SAVE_EVERY:
+                    self._save(unsaved, keys, vectors)
+                    unsaved, saved = [], time.monotonic()
         finally:
             self._save(unsaved, keys, vectors)
 
@@ -239,35 +234,11 @@ class Encoder:
         if self.cache is not None and rows:
             self.cache.put_many({keys[row]: vectors[row] for row in rows})
 
-    def _forward_all(
-        self, parts: Iterable[list[str]], prompt: str | None, task: str | None
-    ) -> Generator[Vectors, None, None]:
-        """The vectors of each batch, in order. A CPU works on several at a time, with one thread each.
-
-        Threads within one operation wait for each other after each of them, and such small operations are short; on a
-        core that is busy elsewhere they wait long. One thread each also makes vectors independent of their number.
-        """
-        import torch
-
+    def _forward_texts(self, texts: list[str], prompt: str | None, task: str | None, what: str) -> Vectors:
         kwargs = {} if task is None else {"task": task}
-        prepared = (self.model.preprocess(part, prompt=prompt, **kwargs) for part in parts)  # not thread-safe
-        workers = torch.get_num_threads() if self.embedding_model.device == "cpu" else 1
-        if workers == 1:
-            yield from (self._forward(features, kwargs) for features in prepared)
-            return
-        torch.set_num_threads(1)
-        pool = ThreadPoolExecutor(workers)
-        try:
-            waiting: deque[Future[Vectors]] = deque()
-            for features in prepared:
-                waiting.append(pool.submit(self._forward, features, kwargs))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(workers)
+        vectors = self._forward(self.model.preprocess(texts, prompt=prompt, **kwargs), kwargs)
+        self._refuse_not_finite(vectors, texts, what)
+        return vectors
 
     def _forward(self, features: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Vectors:
         import torch
