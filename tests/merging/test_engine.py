@@ -346,15 +346,21 @@ def test_names_that_are_no_text_are_no_obstacle(tmp_path: Path) -> None:
 def test_an_interrupt_ends_the_workers_before_their_files_are_closed(family: list[Path], tmp_path: Path) -> None:
     """A file number that is free again may soon be another file's."""
     calls = []
+    heard = threading.Event()
+
+    def hear(*_: object) -> None:
+        heard.set()
+        raise KeyboardInterrupt
 
     def interrupt(done: int, total: int) -> None:
         calls.append(done)
         if len(calls) == 1:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.2)
+            assert heard.wait(60)
+            time.sleep(1)  # what is left for the main thread to do takes microseconds, even on a busy machine
 
     recipe = merging.Recipe("linear", [str(model) for model in family], **MEAN)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    before = signal.signal(signal.SIGINT, hear)
     with pytest.raises(KeyboardInterrupt):
         merging.merge(recipe, tmp_path / "out", threads=1, progress=interrupt)
     signal.signal(signal.SIGINT, before)
