@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -119,20 +118,12 @@ def quickstart(
 ) -> None:
     """Fine-tune three specialists of a small real model, merge them in several ways, and compare all of them."""
     from embeddings import quickstart as job
+    from merging.cli import finish
 
-    result = job.quickstart(out, seed=seed, progress=_progress())
-    if as_json:
-        print(json.dumps(result), flush=True)
-    else:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title="Scores on the held-out splits", caption=f"all of it lies in {out}")
-        for column in ("model", *next(iter(result["scores"].values())), "mean"):
-            table.add_column(column, justify="left" if column == "model" else "right")
-        for model, cells in job.table_rows(result["scores"]):
-            table.add_row(model, *(f"[bold]{text}[/bold]" if best else text for text, best in cells))
-        Console().print(table)
+    result, comparison = job.quickstart(out, seed=seed, progress=_progress())
+    if not as_json:
+        _print(comparison)
+    finish(result, as_json)
 
 
 def _check(suite: Path, as_json: bool) -> None:

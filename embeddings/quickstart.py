@@ -2,42 +2,39 @@
 
 A run folder holds all that it made, and a second run on it makes only what is missing:
 
+    base                    the model that all begins with
     specialists/<task>      fine-tuned from the base
     recipes/<method>.yml    what `cuvee merge` was given; change one and run again
     merges/<method>         what it made of them
-    scores.md               the table
+    evaluation/             what `cuvee evaluate` found of all of them, scores.md the table
 """
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import json
 import logging
 import os
 import random
+import shutil
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from embeddings import suite
+from embeddings.comparison import Comparison
 from merging import lineage
 from merging.errors import CuveeError
 from merging.output import staged
 
 Row = Mapping[str, str]
-Scores = dict[str, dict[str, float]]
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
-TASKS = {"word": "nDCG@10", "phenotype": "nDCG@10", "intent": "accuracy"}
-"""The demo tasks, folders under `embeddings/data`, and the metric of each."""
+TASKS = ("word", "phenotype", "intent")
+"""Tasks of the suite that comes along; a specialist is trained for each."""
 
 METHODS: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
     # method: (parameters of each specialist, parameters of the merge)
@@ -69,20 +66,21 @@ def quickstart(
     steps: int = Training.steps,
     device: str = "cpu",
     force: bool = False,
+    tasks: Sequence[str] = TASKS,
     methods: Sequence[str] = tuple(METHODS),
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Makes the specialists and the merges under `out`, and scores them on each task's held-out rows.
+) -> tuple[dict[str, Any], Comparison]:
+    """Makes the specialists and the merges under `out`, and scores them on each task's test split.
 
     Args:
         seed: of the order of the rows, of dropout, and of the merges that draw.
         steps: of each specialist's training.
         device: "cpu" or a torch device.
         force: train again, and replace what was made with other settings.
-        methods: which of `METHODS`.
+        tasks, methods: which of `TASKS` and `METHODS`.
 
     Returns:
-        What `cuvee quickstart --json` prints; scores in percent, by model and task.
+        What `cuvee quickstart --json` prints, with scores in [0, 1] by model and task; and the comparison.
 
     Raises:
         CuveeError: the demo model is not installed, or `out` was made with other settings.
@@ -90,21 +88,35 @@ def quickstart(
     began = time.perf_counter()
     # Read when torch loads: threads that spin for a core that is busy elsewhere make a step seven times dearer.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from embeddings import evaluation
+
     out, progress = Path(out).absolute(), progress or (lambda what, done, total: None)
-    base, training = demo_model(), Training(seed=seed, steps=steps)
-    models = {"base": base, **{task: out / "specialists" / task for task in TASKS}}
+    base, training = out / "base", Training(seed=seed, steps=steps)
+    if not base.exists():
+        with staged(base) as staging:
+            shutil.copytree(demo_model(), staging, dirs_exist_ok=True)
+    models = [base, *(out / "specialists" / task for task in tasks)]
     with _only_our_words():
-        for task in TASKS:
-            train_specialist(base, task, models[task], training, device=device, force=force, progress=progress)
+        for task, folder in zip(tasks, models[1:], strict=True):
+            train_specialist(base, task, folder, training, device=device, force=force, progress=progress)
         for done, method in enumerate(methods):
             progress("merge", done, len(methods))
-            recipe = _write_recipe(method, base, [models[task] for task in TASKS], out / "recipes", force=force)
-            models[method] = out / "merges" / method
-            _merge(recipe, models[method], seed=seed, device=device, force=force)
+            recipe = _write_recipe(method, base, models[1 : 1 + len(tasks)], out / "recipes", force=force)
+            models.append(out / "merges" / method)
+            _merge(recipe, models[-1], seed=seed, device=device, force=force)
         progress("merge", len(methods), len(methods))
-        scores = evaluate(models, device=device, progress=progress)
-    means = {model: sum(by_task.values()) / len(by_task) for model, by_task in scores.items()}
-    result = {
+        found, comparison = evaluation.evaluate(
+            [str(model) for model in models],
+            out / "evaluation",
+            names=tasks,
+            suites=[None],
+            settings=evaluation.Settings(device=device),
+            progress=progress,
+        )
+    evaluation.refuse_failures(found)
+    assert comparison is not None
+    scores = found["scores"]
+    return {
         "command": "quickstart",
         "out": str(out),
         "seconds": round(time.perf_counter() - began, 1),
@@ -112,11 +124,9 @@ def quickstart(
         "device": device,
         "cuvee_version": lineage.cuvee_version(),
         "scores": scores,
-        "means": {model: {"all": mean} for model, mean in means.items()},
-        "best": max(means, key=lambda model: means[model]),
-    }
-    (out / "scores.md").write_text(markdown_table(scores), encoding="utf-8")
-    return result
+        "means": found["means"],
+        "best": max(scores, key=lambda model: sum(scores[model].values())),
+    }, comparison
 
 
 def demo_model() -> Path:
@@ -131,10 +141,23 @@ def demo_model() -> Path:
     return Path(package.origin).parent / "model"
 
 
-def read_task(task: str, split: str) -> list[Row]:
-    """The rows {query, positive} or, of a classification task, {query, label}; see `embeddings/data/README.md`."""
-    with gzip.open(Path(__file__).parent / "data" / task / f"{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+def training_pairs(task: str) -> list[Row]:
+    """Rows {query, positive} of a task's train split; of a classification, each text with another of its label.
+
+    Those have their {label} too: within a batch, others of the same label are no negatives.
+    """
+    rows: list[Row] = [*next(t for t in suite.load() if t.name == task).read("train")]
+    if "positive" in rows[0]:
+        return rows
+    by_label: dict[str, list[Row]] = {}
+    for row in rows:
+        by_label.setdefault(row["label"], []).append(row)
+    pairs: list[Row] = []
+    for alike in by_label.values():
+        order = random.Random(0).sample(alike, len(alike))
+        for row, other in zip(order, [*order[1:], order[0]], strict=True):
+            pairs.append({"query": row["text"], "positive": other["text"], "label": row["label"]})
+    return pairs
 
 
 def train_specialist(
@@ -165,7 +188,7 @@ def train_specialist(
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(10 * (step + 1) / training.steps, 1 - step / training.steps)
         )
-        batches = _batches(read_task(task, "train"), training.batch, random.Random(training.seed))
+        batches = _batches(training_pairs(task), training.batch, random.Random(training.seed))
         for step in range(training.steps):
             progress(f"train {task}", step, training.steps)
             loss = _contrastive_loss(model, next(batches), training)
@@ -178,62 +201,6 @@ def train_specialist(
         model.save(str(staging), create_model_card=False)
         seconds = round(time.perf_counter() - began, 1)
         lineage.write(staging, {"command": "quickstart", **settings, "base": str(base), "seconds": seconds})
-
-
-def evaluate(models: Mapping[str, Path], *, device: str, progress: Progress) -> Scores:
-    """Scores in percent by model and task, on each task's held-out rows."""
-    from sentence_transformers import SentenceTransformer
-
-    scores: Scores = {}
-    for done, (name, folder) in enumerate(models.items()):
-        progress("evaluate", done, len(models))
-        model = SentenceTransformer(str(folder), device=device)
-
-        def encode(texts: Sequence[str], model: Any = model) -> NDArray[np.float32]:
-            vectors = model.encode(list(texts), batch_size=64, show_progress_bar=False, normalize_embeddings=True)
-            return np.asarray(vectors, dtype=np.float32)
-
-        scores[name] = {task: 100 * _score(task, encode) for task in TASKS}
-    progress("evaluate", len(models), len(models))
-    return scores
-
-
-def retrieval_ndcg(queries: NDArray[np.float32], positives: NDArray[np.float32]) -> float:
-    """nDCG@10 where row i of `positives` is the one right answer to row i of `queries` and the others are the pool.
-
-    Args:
-        queries, positives: unit vectors, both (rows, dimensions).
-    """
-    similarity = queries @ positives.T  # (queries, pool)
-    rank = (similarity > np.diagonal(similarity)[:, None]).sum(axis=1)
-    return float(np.where(rank < 10, 1 / np.log2(rank + 2), 0).mean())
-
-
-def centroid_accuracy(
-    train: NDArray[np.float32], labels: Sequence[str], test: NDArray[np.float32], expected: Sequence[str]
-) -> float:
-    """Share of test rows that are nearest, by cosine, to the mean of their class's training rows."""
-    classes = sorted(set(labels))
-    centroids = np.stack([train[np.asarray(labels) == c].mean(axis=0) for c in classes])  # (classes, dimensions)
-    centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
-    nearest = (test @ centroids.T).argmax(axis=1)
-    return float(np.mean([classes[i] == label for i, label in zip(nearest, expected, strict=True)]))
-
-
-def markdown_table(scores: Scores) -> str:
-    """One row a model, one column a task, the best of each column in bold."""
-    lines = ["| model | " + " | ".join(f"{t} ({m})" for t, m in TASKS.items()) + " | mean |", "| --- " * 5 + "|"]
-    for name, cells in table_rows(scores):
-        lines.append(f"| {name} | " + " | ".join(f"**{text}**" if best else text for text, best in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def table_rows(scores: Scores) -> Iterator[tuple[str, list[tuple[str, bool]]]]:
-    """Each model's name and cells: its score in each task and the mean of them, and whether it is the column's best."""
-    values = {name: [*by_task.values(), sum(by_task.values()) / len(by_task)] for name, by_task in scores.items()}
-    best = [max(column) for column in zip(*values.values(), strict=True)]
-    for name, row in values.items():
-        yield name, [(f"{value:.1f}", value == top) for value, top in zip(row, best, strict=True)]
 
 
 def _batches(rows: Sequence[Row], size: int, rng: random.Random) -> Iterator[list[Row]]:
@@ -272,20 +239,6 @@ def _embed(model: Any, texts: Sequence[str], tokens: int) -> Any:
     return torch.cat(parts)[torch.tensor(order, device=model.device).argsort()]
 
 
-def _score(task: str, encode: Callable[[Sequence[str]], NDArray[np.float32]]) -> float:
-    test = read_task(task, "test")
-    queries = encode([row["query"] for row in test])
-    if TASKS[task] == "nDCG@10":
-        return retrieval_ndcg(queries, encode([row["positive"] for row in test]))
-    train: list[Row] = []
-    seen: dict[str, int] = defaultdict(int)
-    for row in read_task(task, "train"):  # twenty of each class place its centroid well enough
-        seen[row["label"]] += 1
-        train += [row] if seen[row["label"]] <= 20 else []
-    embedded = encode([row["query"] for row in train])
-    return centroid_accuracy(embedded, [row["label"] for row in train], queries, [row["label"] for row in test])
-
-
 def _write_recipe(method: str, base: Path, specialists: Sequence[Path], folder: Path, *, force: bool) -> Path:
     """The recipe's file; one that is there already, its user's perhaps, is kept."""
     import yaml
@@ -308,7 +261,7 @@ def _merge(recipe_file: Path, out: Path, *, seed: int, device: str, force: bool)
 
     recipe = Recipe.load(recipe_file)
     made_by = lineage.read(out).get("recipe") if out.exists() else None
-    if force or made_by != recipe.to_yaml():
+    if force or made_by != recipe.text:
         merge(recipe, out, seed=seed, device=device, force=out.exists())
 
 
