@@ -120,9 +120,9 @@ def quickstart(
     from embeddings import quickstart as job
     from merging.cli import finish
 
-    result, comparison = job.quickstart(out, seed=seed, progress=_progress())
+    result = job.quickstart(out, seed=seed, progress=_progress())
     if not as_json:
-        _print(comparison)
+        _print_scores(result["scores"], f"intervals and more in {out / 'evaluation' / 'scores.md'}")
     finish(result, as_json)
 
 
@@ -157,6 +157,22 @@ def _prompts(given: list[str]) -> dict[str, str] | None:
         if not text.partition("=")[0] or "=" not in text:
             raise CuveeError(f"'{text}' names no prompt", where="--prompt", mend='write --prompt "query=Represent: "')
     return {text.partition("=")[0]: text.partition("=")[2] for text in given} or None
+
+
+def _print_scores(scores: dict[str, dict[str, float]], caption: str) -> None:
+    """A row a model: ten of them are no columns for a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = {model: [*of_task.values(), sum(of_task.values()) / len(of_task)] for model, of_task in scores.items()}
+    best = [max(column) for column in zip(*rows.values(), strict=True)]
+    table = Table(title="Scores on the test splits, times 100", caption=caption)
+    for column in ("model", *next(iter(scores.values())), "mean"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for model, row in rows.items():
+        cells = zip(row, best, strict=True)
+        table.add_row(model, *(f"[bold]{100 * x:.1f}[/bold]" if x == top else f"{100 * x:.1f}" for x, top in cells))
+    Console().print(table)
 
 
 def _print(comparison: Any) -> None:

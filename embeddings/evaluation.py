@@ -14,6 +14,7 @@ version. mteb's own cache is written, never read: it knows less, and takes one l
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -102,6 +103,8 @@ def evaluate(
         CuveeError: an unknown task, a suite or model that cannot be used, or a folder that is none of ours.
     """
     began = time.perf_counter()
+    if importlib.util.find_spec("mteb") is None:
+        raise CuveeError("mteb is not installed", where="cuvee evaluate", mend="pip install mteb; it needs Python 3.11")
     # Read when torch loads: threads that spin for a core that is busy elsewhere make a step seven times dearer.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     settings, out = settings or Settings(), Path(out).absolute()

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from embeddings import suite
-from embeddings.comparison import Comparison
 from merging import lineage
 from merging.errors import CuveeError
 from merging.output import staged
@@ -69,7 +68,7 @@ def quickstart(
     tasks: Sequence[str] = TASKS,
     methods: Sequence[str] = tuple(METHODS),
     progress: Progress | None = None,
-) -> tuple[dict[str, Any], Comparison]:
+) -> dict[str, Any]:
     """Makes the specialists and the merges under `out`, and scores them on each task's test split.
 
     Args:
@@ -80,7 +79,7 @@ def quickstart(
         tasks, methods: which of `TASKS` and `METHODS`.
 
     Returns:
-        What `cuvee quickstart --json` prints, with scores in [0, 1] by model and task; and the comparison.
+        What `cuvee quickstart --json` prints, with scores in [0, 1] by model and task.
 
     Raises:
         CuveeError: the demo model is not installed, or `out` was made with other settings.
@@ -105,7 +104,7 @@ def quickstart(
             models.append(out / "merges" / method)
             _merge(recipe, models[-1], seed=seed, device=device, force=force)
         progress("merge", len(methods), len(methods))
-        found, comparison = evaluation.evaluate(
+        found, _ = evaluation.evaluate(
             [str(model) for model in models],
             out / "evaluation",
             names=tasks,
@@ -114,7 +113,6 @@ def quickstart(
             progress=progress,
         )
     evaluation.refuse_failures(found)
-    assert comparison is not None
     scores = found["scores"]
     return {
         "command": "quickstart",
@@ -126,7 +124,7 @@ def quickstart(
         "scores": scores,
         "means": found["means"],
         "best": max(scores, key=lambda model: sum(scores[model].values())),
-    }, comparison
+    }
 
 
 def demo_model() -> Path:

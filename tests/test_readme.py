@@ -47,11 +47,12 @@ def test_make_targets_exist() -> None:
 
 def test_commands_run(workplace: Path) -> None:
     ours = [line for line in commands() if line[0] == "cuvee"]
-    assert {line[1] for line in ours} == {"merge", "inspect", "methods"}
+    assert {line[1] for line in ours} == {"merge", "inspect", "methods", "evaluate"}
     for _, *arguments in ours:
         done = run(*arguments, cwd=workplace)
         assert done.code == 0, done.err
     assert read_model(workplace / "OUT") == read_model(workplace / "AGAIN")
+    assert "OUT" in (workplace / "RUN" / "scores.md").read_text(encoding="utf-8")
 
 
 def test_python_runs(workplace: Path) -> None:

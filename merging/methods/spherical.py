@@ -17,6 +17,12 @@ from merging.methods.registry import PerModel, Range, method
 Weights = Annotated[PerModel[float], "share of the model"]
 
 
+_COLINEAR = 2.0**-23  # 1 − cos² of vectors that float32 cannot tell from parallel ones
+_OPPOSITE = (
+    -0.9995
+)  # the cosine from which on there is no one arc: along it, unequal lengths would be blown up without bound
+
+
 @method("slerp", title="SLERP", base="required", models=(1, 1), source="Shoemake 1985; mergekit's `slerp`")
 def slerp(x: Inputs, *, t: Annotated[float, "0 is the base, 1 the other model"]) -> Final:
     """Along the great circle from the base (t = 0) to the other model (t = 1); straight where |cos| > 0.9995."""
@@ -158,7 +164,7 @@ def _arc(gram: NDArray[np.float64], t: float) -> Sequence[NDArray[np.float64]]:
     """Coefficients of two vectors at `t` of the arc between them, from inner products (2, 2, …): two of (…)."""
     norms = np.maximum(np.sqrt(np.einsum("ii...->i...", gram)), 1e-7)
     cosine = np.clip(gram[0, 1] / (norms[0] * norms[1]), -1, 1)
-    straight = 1 - cosine**2 <= 1e-16
+    straight = (1 - cosine**2 <= _COLINEAR) | (cosine < _OPPOSITE)
     angle = np.arccos(np.where(straight, 0.0, cosine))
     sine = np.sin(angle)
     return (

@@ -225,7 +225,8 @@ def nuslerp(
     return mixed if base is None else np.asarray(base, dtype=np.float64) + mixed
 
 
-COLINEAR = 1e-16  # up to this 1 − cos² two vectors lie on one line and have no arc between them; as in mergekit
+COLINEAR = 2.0**-23  # up to this 1 − cos² two float32 vectors lie on one line and have no arc between them
+OPPOSITE = -0.9995  # the cosine from which on a straight line is taken instead of an arc
 
 
 def _nuslerp_vectors(t: float, v0: Array, v1: Array) -> Array:
@@ -233,7 +234,7 @@ def _nuslerp_vectors(t: float, v0: Array, v1: Array) -> Array:
     for i, (a, b) in enumerate(zip(v0, v1, strict=True)):
         cosine = np.sum((a / max(np.linalg.norm(a), 1e-7)) * (b / max(np.linalg.norm(b), 1e-7)))
         cosine = float(np.clip(cosine, -1, 1))
-        if 1 - cosine**2 <= COLINEAR:
+        if 1 - cosine**2 <= COLINEAR or cosine < OPPOSITE:
             result[i] = (1 - t) * a + t * b
         else:
             angle = math.acos(cosine)
