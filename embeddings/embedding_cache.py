@@ -141,7 +141,11 @@ class EmbeddingCache:
                     return work(self._connect())
                 except _Busy:
                     break
-                except (sqlite3.Error, OSError) as error:
+                except (
+                    sqlite3.Error,
+                    UnicodeDecodeError,
+                    OSError,
+                ) as error:  # SQLite quotes damaged names in its errors
                     self._recover(error)
         return otherwise
 
