@@ -17,7 +17,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from embeddings import card, tasks
 from embeddings.comparison import Comparison, compare, csv_table, markdown, plain
+from embeddings.model import wait_passively
 from embeddings.result import Result, write_whole
 from embeddings.scoring import MTEB_SEED, score
 from embeddings.tasks import Target
@@ -105,8 +105,7 @@ def evaluate(
     began = time.perf_counter()
     if importlib.util.find_spec("mteb") is None:
         raise CuveeError("mteb is not installed", where="cuvee evaluate", mend="pip install mteb; it needs Python 3.11")
-    # Read when torch loads: threads that spin for a core that is busy elsewhere make a step seven times dearer.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_passively()
     settings, out = settings or Settings(), Path(out).absolute()
     if not (names or suites or languages or types):
         suites = (None,)
@@ -129,7 +128,7 @@ def evaluate(
     }
     if dry_run:
         return {**content, "dry_run": True}, None
-    _write_lineage(out, {**content, "state": "begun"})
+    write_whole(out / lineage.FILE, lineage.text({**content, "state": "begun"}))
     run = _Run(out, settings, force, progress or (lambda what, done, total: None), note or (lambda line: None))
     for label, ref in refs.items():
         content["models"][label] |= run.score(label, ref, targets)
@@ -149,7 +148,7 @@ def evaluate(
     for label, file in cards.items():
         if of_model := [result for result in run.results if result.model == label]:
             card.write_card(file, of_model)
-    _write_lineage(out, {**content, "state": "incomplete" if run.failed else "done"})
+    write_whole(out / lineage.FILE, lineage.text({**content, "state": "incomplete" if run.failed else "done"}))
     return content, comparison
 
 
@@ -307,16 +306,6 @@ def _check_out(out: Path) -> None:
     refuse_existing(out, force=True)  # what is in it is kept; but it must be ours
     if (out / lineage.FILE).is_file() and (command := lineage.read(out).get("command")) != "evaluate":
         raise CuveeError(f"is an output of `cuvee {command}`", where=str(out), mend="choose another folder")
-
-
-def _write_lineage(out: Path, content: Mapping[str, Any]) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".cuvee-") as scratch:
-            lineage.write(Path(scratch), content)
-            os.replace(Path(scratch) / lineage.FILE, out / lineage.FILE)
-    except OSError as error:
-        raise CuveeError(f"cannot write: {error.strerror}", where=str(error.filename or out)) from error
 
 
 def _plain(value: Any) -> Any:

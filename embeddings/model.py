@@ -187,6 +187,11 @@ def refuse_other_kinds(checkpoint: Checkpoint, *, trust_remote_code: bool = Fals
     return ()
 
 
+def wait_passively() -> None:
+    """To call before torch loads: threads that spin for a core that is busy elsewhere make a step seven times dearer."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @contextmanager
 def only_our_words() -> Iterator[list[str]]:
     """Keeps transformers' bars and sentence-transformers' remarks off the terminal; gives transformers' warnings."""

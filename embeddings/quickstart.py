@@ -12,18 +12,16 @@ A run folder holds all that it made, and a second run on it makes only what is m
 from __future__ import annotations
 
 import importlib.util
-import logging
-import os
 import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from embeddings import suite
+from embeddings.model import only_our_words, wait_passively
 from merging import lineage
 from merging.errors import CuveeError
 from merging.output import staged
@@ -85,8 +83,7 @@ def quickstart(
         CuveeError: the demo model is not installed, or `out` was made with other settings.
     """
     began = time.perf_counter()
-    # Read when torch loads: threads that spin for a core that is busy elsewhere make a step seven times dearer.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_passively()
     from embeddings import evaluation
 
     out, progress = Path(out).absolute(), progress or (lambda what, done, total: None)
@@ -95,7 +92,7 @@ def quickstart(
         with staged(base) as staging:
             shutil.copytree(demo_model(), staging, dirs_exist_ok=True)
     models = [base, *(out / "specialists" / task for task in tasks)]
-    with _only_our_words():
+    with only_our_words():
         for task, folder in zip(tasks, models[1:], strict=True):
             train_specialist(base, task, folder, training, device=device, force=force, progress=progress)
         for done, method in enumerate(methods):
@@ -261,23 +258,3 @@ def _merge(recipe_file: Path, out: Path, *, seed: int, device: str, force: bool)
     made_by = lineage.read(out).get("recipe") if out.exists() else None
     if force or made_by != recipe.text:
         merge(recipe, out, seed=seed, device=device, force=out.exists())
-
-
-@contextmanager
-def _only_our_words() -> Iterator[None]:
-    """Keeps transformers' bars and sentence-transformers' remarks off the terminal."""
-    from transformers.utils import logging as transformers_logging
-
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    logger = logging.getLogger("sentence_transformers")
-    remarks = logger.level
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        logger.setLevel(remarks)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -67,7 +67,6 @@ class Execution:
     def _each(self, steps: Sequence[Step], work: Callable[[Step], None]) -> None:
         """Runs `work` on every step; the first error stops the others and is raised."""
         remaining = iter(steps)
-
         begin = threading.Event()  # once all workers are known to the pool, which waits for no other
 
         def worker() -> None:

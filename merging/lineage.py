@@ -75,9 +75,13 @@ def file_digest(file: Path) -> str:
 
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps({"cuvee_version": cuvee_version(), **content}, indent=2, ensure_ascii=False)
     # A folder's name that is no UTF-8 holds halves of surrogate pairs: they become JSON's own escapes.
-    (folder / FILE).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    (folder / FILE).write_text(text(content), encoding="utf-8", errors="backslashreplace")
+
+
+def text(content: Mapping[str, Any]) -> str:
+    """What cuvee.json says."""
+    return json.dumps({"cuvee_version": cuvee_version(), **content}, indent=2, ensure_ascii=False) + "\n"
 
 
 def read(file: Path) -> dict[str, Any]:

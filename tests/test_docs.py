@@ -16,21 +16,17 @@ from numpy.typing import NDArray
 import merging
 from merging import methods
 from tests.checkpoints import floats, read_model, some, write_model
-from tests.commands import ROOT, environment
+from tests.commands import ROOT, code_blocks, environment
 
 DOC = ROOT / "docs" / "adding-a-method.md"
 NAMES = ("unanimous", "balanced", "trimmed_sum")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", DOC.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
 def my_methods(tmp_path: Path) -> Iterator[Path]:
     """The page's Python as the file it says it is, imported; its methods are gone from the registry afterwards."""
     file = tmp_path / "my_methods.py"
-    file.write_text("\n\n".join(blocks("python")), encoding="utf-8")
+    file.write_text("\n\n".join(code_blocks(DOC, "python")), encoding="utf-8")
     before = dict(methods.METHODS)
     spec = importlib.util.spec_from_file_location("my_methods", file)
     assert spec is not None and spec.loader is not None
@@ -77,7 +73,7 @@ def test_trimmed_sum_keeps_the_largest_of_the_sum() -> None:
 @pytest.mark.usefixtures("my_methods")
 def test_the_pages_recipe_merges_checkpoints(tmp_path: Path) -> None:
     base, models = family()
-    (recipe,) = blocks("yaml")
+    (recipe,) = code_blocks(DOC, "yaml")
     for name, array in zip(("base", "a", "b"), (base, *models), strict=True):
         folder = write_model(tmp_path / name, {"layer.0.weight": array})
         recipe = recipe.replace(f"path/to/{name}", str(folder))
@@ -90,7 +86,7 @@ def test_the_pages_recipe_merges_checkpoints(tmp_path: Path) -> None:
 
 
 def test_the_pages_methods_pass_the_contract_by_the_pages_command(my_methods: Path) -> None:
-    (line,) = (line for block in blocks("sh") for line in block.splitlines() if "pytest" in line)
+    (line,) = (line for block in code_blocks(DOC, "sh") for line in block.splitlines() if "pytest" in line)
     arguments = [re.sub(r"\"", "", part) for part in re.findall(r"\"[^\"]*\"|\S+", line)]
     assert arguments[:3] == ["python", "-m", "pytest"]
     env = environment()

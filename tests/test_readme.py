@@ -11,19 +11,15 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import read_model
-from tests.commands import ROOT, environment, run
+from tests.commands import ROOT, code_blocks, environment, run
 from tests.conftest import MiniLMFamily
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+README = ROOT / "README.md"
 
 
 def commands() -> list[list[str]]:
     """Every line of the shell blocks, without its comment."""
-    lines = [line.split("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
+    lines = [line.split("#")[0].split() for block in code_blocks(README, "sh") for line in block.splitlines()]
     return [line for line in lines if line]
 
 
@@ -33,7 +29,7 @@ def workplace(minilm_family: MiniLMFamily, tmp_path: Path) -> Path:
     names = ("base", "specialist-a", "specialist-b")
     for name, folder in zip(names, (minilm_family.base, *minilm_family.specialists), strict=False):
         os.symlink(folder, tmp_path / name)
-    (recipe,) = blocks("yaml")
+    (recipe,) = code_blocks(README, "yaml")
     (tmp_path / "recipe.yml").write_text(recipe, encoding="utf-8")
     return tmp_path
 
@@ -56,7 +52,7 @@ def test_commands_run(workplace: Path) -> None:
 
 
 def test_python_runs(workplace: Path) -> None:
-    (code,) = blocks("python")
+    (code,) = code_blocks(README, "python")
     subprocess.run([sys.executable, "-c", code], cwd=workplace, env=environment(), check=True)
     assert read_model(workplace / "OUT")
 
@@ -64,5 +60,6 @@ def test_python_runs(workplace: Path) -> None:
 def test_every_method_is_named() -> None:
     from merging import methods
 
-    assert [name for name in methods.METHODS if name not in README] == []
-    assert f"{len(methods.METHODS)} methods" in README
+    text = README.read_text(encoding="utf-8")
+    assert [name for name in methods.METHODS if name not in text] == []
+    assert f"{len(methods.METHODS)} methods" in text

@@ -16,11 +16,9 @@ from merging.methods.registry import PerModel, Range, method
 
 Weights = Annotated[PerModel[float], "share of the model"]
 
-
 _COLINEAR = 2.0**-23  # 1 − cos² of vectors that float32 cannot tell from parallel ones
-_OPPOSITE = (
-    -0.9995
-)  # the cosine from which on there is no one arc: along it, unequal lengths would be blown up without bound
+# The cosine from which on there is no one arc: along it, unequal lengths would be blown up without bound.
+_OPPOSITE = -0.9995
 
 
 @method("slerp", title="SLERP", base="required", models=(1, 1), source="Shoemake 1985; mergekit's `slerp`")
