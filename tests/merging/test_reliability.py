@@ -35,12 +35,13 @@ from tests.commands import Finished, run, start
 NOBODY = 65534 if os.geteuid() == 0 else None  # nothing is unreadable to root
 
 
-def tree(folder: Path, *, without: Path | None = None) -> dict[str, bytes]:
-    """All files by name, with their content; of cuvee.json all but how long it took."""
+def tree(folder: Path, *, without: tuple[str, ...] = ()) -> dict[str, bytes]:
+    """All files by name, with their content; of cuvee.json all but how long it took. `without`: beginnings of names."""
     found = {}
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and not (without and file.is_relative_to(without)):
-            found[file.relative_to(folder).as_posix()] = file.read_bytes()
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and not name.startswith(without):
+            found[name] = file.read_bytes()
     for name, content in found.items():
         if Path(name).name == "cuvee.json":
             past = json.loads(content)
@@ -74,8 +75,7 @@ class Work:
 
     def surroundings(self) -> dict[str, bytes]:
         """Everything but the output, and what a run in the making may leave until the next."""
-        files = tree(self.place, without=self.out)
-        return {name: content for name, content in files.items() if not name.startswith("made/.out.partial-")}
+        return tree(self.place, without=("made/out/", "made/.out.partial-"))  # a killed run's cuvee.json may be half
 
     def run_again(self) -> None:
         """The next run succeeds, and nothing is left but its output."""
