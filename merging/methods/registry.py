@@ -11,6 +11,7 @@ import inspect
 import keyword
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from merging.errors import MergeError
@@ -109,7 +110,7 @@ def method(
             name=name,
             title=title,
             function=function,
-            parameters=_parameters(function),
+            parameters=declared_parameters(function),
             base=base,
             min_models=models[0],
             max_models=models[1],
@@ -150,13 +151,16 @@ def _load_entry_points() -> None:
         entry.load()
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
-    hints = get_type_hints(function, include_extras=True)
+def declared_parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
+    """What a function's keyword-only arguments declare; other registries than this one read their entries so too.
+
+    The other arguments' annotations are not evaluated: they may name types that are imported late.
+    """
     parameters = {}
     for argument in inspect.signature(function).parameters.values():
         if argument.kind is not argument.KEYWORD_ONLY:
             continue
-        kind, marks = _unwrapped(hints[argument.name])
+        kind, marks = _unwrapped(_hint(function, argument.annotation))
         bounds = next((mark for mark in marks if isinstance(mark, Range)), Range())
         name = argument.name.rstrip("_")
         parameters[name] = Parameter(
@@ -170,6 +174,12 @@ def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
             help=next((mark for mark in marks if isinstance(mark, str)), ""),
         )
     return parameters
+
+
+def _hint(function: Callable[..., Any], annotation: Any) -> Any:
+    """An annotation, evaluated where its function was defined if it was kept as text."""
+    holder = SimpleNamespace(__annotations__={"it": annotation})
+    return get_type_hints(holder, getattr(inspect.unwrap(function), "__globals__", {}), include_extras=True)["it"]
 
 
 def _unwrapped(hint: Any) -> tuple[Any, list[Any]]:
