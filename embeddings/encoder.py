@@ -29,7 +29,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
 #: Tokens of a batch, padding included: what keeps its activations in the cache of a CPU, or fills a GPU.
-CPU_BUDGET, CPU_LOW_PRECISION_BUDGET, ACCELERATOR_BUDGET = 512, 2048, 32768
+CPU_BUDGET, CPU_LOW_PRECISION_BUDGET, ACCELERATOR_BUDGET = 1024, 2048, 32768
 _ROWS = 1024  # of a batch at most
 _LOOKUP = 8192  # texts whose vectors are looked up at once
 _SAVE_EVERY = 5.0  # seconds of encoding that a kill may cost

@@ -49,15 +49,29 @@ def noted(task: Any) -> Iterator[list[Examples]]:
         notes["by_query"] = scores
         return {} if hook is None else hook(scores, qrels, results, *args, **kwargs)
 
+    def calculate_scores(*args: Any, **kwargs: Any) -> Any:
+        # A column of a Dataset is read from its table label by label, each time a metric looks at it: most of the time
+        # of a classification whose embeddings are there.
+        args, kwargs = tuple(map(_plain_column, args)), {key: _plain_column(value) for key, value in kwargs.items()}
+        return calculate(*args, **kwargs)
+
     task._evaluate_subset = evaluate_subset
+    if (calculate := getattr(task, "_calculate_scores", None)) is not None:
+        task._calculate_scores = calculate_scores
     task._save_task_predictions = lambda predictions, *args, **kwargs: notes.update(predictions=predictions)
     if hook is not None:
         task.task_specific_scores = specific_scores
     try:
         yield found
     finally:
-        for name in ("_evaluate_subset", "_save_task_predictions", "task_specific_scores"):
+        for name in ("_evaluate_subset", "_save_task_predictions", "task_specific_scores", "_calculate_scores"):
             vars(task).pop(name, None)
+
+
+def _plain_column(values: Any) -> Any:
+    import datasets
+
+    return values[:] if isinstance(values, datasets.Column) else values
 
 
 def of_subset(

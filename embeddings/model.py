@@ -19,6 +19,7 @@ from typing import Any
 
 import xxhash
 
+from embeddings.packed import pack_linears
 from merging.checkpoint import Checkpoint, locate, read_json
 from merging.errors import CuveeError
 from merging.lineage import file_digest, weights_digest
@@ -51,7 +52,7 @@ class EmbeddingModel:
         ref: as the user wrote it.
         digest: 32 hexadecimal digits over the weights and all else that changes its vectors: modules, pooling,
             tokenizer, config, prompts, adapter, dtype, truncation. Equal digests, equal vectors.
-        transformer: the SentenceTransformer, in evaluation mode; whatever its dtype, pooling is in float32.
+        transformer: the SentenceTransformer, for inference only; whatever its dtype, pooling is in float32.
         max_length: tokens of a text that it reads; None where it has no limit.
         dimension: of its vectors, after truncation.
         prompts: texts by name that are put before an input, as the model's own configuration has them.
@@ -100,14 +101,15 @@ def open_model(
         raise CuveeError(f"'{dtype}' is no dtype to encode in", where="dtype", mend=f"choose {', '.join(DTYPES)}")
     if truncate_dim is not None and truncate_dim < 1:
         raise CuveeError(f"{truncate_dim} dimensions are none", where="truncate_dim", mend="give a number from 1")
-    _check_device(device)
+    check_device(device)
     with Checkpoint.open(model) as checkpoint:
         notes = refuse_other_kinds(checkpoint, trust_remote_code=trust_remote_code)
         digest = _digest(checkpoint, model, dtype, truncate_dim)
-        with _merged(model, checkpoint.path) as folder:
-            transformer = _load(
+        with adapter_merged(model, checkpoint.path) as folder:
+            transformer = load_transformer(
                 folder, str(model), dtype=dtype, device=device, truncate_dim=truncate_dim, trusted=trust_remote_code
             )
+    pack_linears(transformer)
     dimension = _dimension(transformer, str(model))
     if truncate_dim is not None and dimension < truncate_dim:
         raise CuveeError(
@@ -237,7 +239,12 @@ def _at_revision(model: ModelRef, revision: str | None) -> ModelRef:
     return replace(model, revision=revision)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Tries the device out.
+
+    Raises:
+        CuveeError: it cannot be used here.
+    """
     import torch
 
     try:
@@ -295,7 +302,7 @@ def _update(digest: xxhash.xxh3_128, folder: Path, files: Iterable[str]) -> None
 
 
 @contextmanager
-def _merged(model: ModelRef, folder: Path) -> Iterator[Path]:
+def adapter_merged(model: ModelRef, folder: Path) -> Iterator[Path]:
     """The model's folder, or for a while one in which its adapter is merged into it, exactly, in float32."""
     if model.adapter is None:
         yield folder
@@ -311,7 +318,14 @@ def _merged(model: ModelRef, folder: Path) -> Iterator[Path]:
         yield Path(scratch) / "model"
 
 
-def _load(folder: Path, ref: str, *, dtype: str, device: str, truncate_dim: int | None, trusted: bool) -> Any:
+def load_transformer(
+    folder: Path, ref: str, *, dtype: str, device: str, truncate_dim: int | None, trusted: bool
+) -> Any:
+    """The SentenceTransformer of a folder, in evaluation mode; whatever the dtype, pooling is in float32.
+
+    Raises:
+        CuveeError: it cannot be loaded, or lacks weights.
+    """
     import torch
     from sentence_transformers import SentenceTransformer
 

@@ -36,6 +36,7 @@ def score(
         CuveeError: data that are not there, or whatever else keeps mteb from a score, in one line.
     """
     import mteb
+    from threadpoolctl import threadpool_limits
 
     cache = mteb.ResultCache(mteb_folder) if mteb_folder else None
     with _their_words() as heard, tempfile.TemporaryDirectory() as scratch:
@@ -43,7 +44,8 @@ def score(
             task = target.fresh(seed)
             if not task.is_aggregate:
                 task.load_data()
-            with noted(task) as examples:
+            # Their probes are fitted to a few hundred rows: BLAS on two threads takes eight times as long as on one.
+            with noted(task) as examples, threadpool_limits(1, user_api="blas"):
                 done = mteb.evaluate(
                     encoder,
                     task,

@@ -5,7 +5,7 @@
 Peers, each from opening the model to the last score, with nothing remembered from before:
 
     mteb      `mteb.evaluate(SentenceTransformer(MODEL), tasks)`: batches of 32 in the order of their characters
-    cuvee     `mteb.evaluate(Encoder(open_model(MODEL), EmbeddingCache(…)), tasks)`
+    cuvee     `cuvee evaluate MODEL`, its table and intervals included
     changed   the same again, after one text of one task was changed: only that task runs, only that text is encoded
 
 Peers take turns within a repeat, so that a change of the machine's speed meets all of them; what is printed are medians.
@@ -79,35 +79,32 @@ def one_round(
 
 
 def with_mteb(model: str, suite: Path | None, tasks: list[str] | None, folder: Path) -> tuple[Scores, int]:
-    from sentence_transformers import SentenceTransformer
-
-    return evaluate(SentenceTransformer(model, device="cpu"), suite, tasks, folder), -1
-
-
-def with_cuvee(model: str, suite: Path | None, tasks: list[str] | None, folder: Path, dtype: str) -> tuple[Scores, int]:
-    from embeddings.embedding_cache import EmbeddingCache
-    from embeddings.encoder import Encoder
-    from embeddings.model import open_model
-
-    with EmbeddingCache(folder / "vectors") as cache:
-        encoder = Encoder(open_model(model, dtype=dtype), cache)
-        return evaluate(encoder, suite, tasks, folder), encoder.encoded
-
-
-def evaluate(encoder: Any, suite: Path | None, tasks: list[str] | None, folder: Path) -> Scores:
-    """Main scores by task; results are kept in the folder, as `cuvee evaluate` keeps them."""
     import mteb
+    from sentence_transformers import SentenceTransformer
 
     from embeddings.suite import load
 
-    chosen = [task for task in load(suite) if tasks is None or task.name in tasks]
+    transformer = SentenceTransformer(model, device="cpu")
     scores = {}
-    # A suite's digest is its data's revision, which mteb does not look at: a task's results lie under its digest.
-    for task in chosen:
-        results = mteb.ResultCache(folder / "results" / task.digest)
-        result = mteb.evaluate(encoder, task.mteb_task(), cache=results, co2_tracker=False, show_progress_bar=False)
-        scores[task.name] = float(result.task_results[0].get_score())
-    return scores
+    for task in load(suite):
+        if tasks is None or task.name in tasks:
+            results = mteb.ResultCache(folder / task.name)  # it knows neither models nor data by what is in them
+            result = mteb.evaluate(
+                transformer, task.mteb_task(), cache=results, co2_tracker=False, show_progress_bar=False
+            )
+            scores[task.name] = float(result.task_results[0].get_score())
+    return scores, -1
+
+
+def with_cuvee(model: str, suite: Path | None, tasks: list[str] | None, folder: Path, dtype: str) -> tuple[Scores, int]:
+    from embeddings.evaluation import Settings, evaluate, refuse_failures
+
+    began = time.time()
+    content, _ = evaluate([model], folder, names=tasks or (), suites=[suite], settings=Settings(dtype=dtype))
+    refuse_failures(content)
+    (scores,) = content["scores"].values()
+    new = [file for file in folder.glob("results/*/*/*.json") if file.stat().st_mtime >= began]
+    return scores, sum(json.loads(file.read_text())["made_by"]["encoded"] for file in new)
 
 
 def change_one_text(suite: Path, task: str) -> None:
