@@ -133,8 +133,8 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, Row]]:
 def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
     plain = file.with_suffix("") if file.suffix.lower() == ".gz" else file
     csv.field_size_limit(_CELL)
-    text = io.StringIO("".join(line for _, line in _lines(file)), newline="")
-    reader = csv.DictReader(text, strict=True, delimiter="\t" if plain.suffix.lower() == ".tsv" else ",")
+    lines = (part for _, line in _lines(file) for part in io.StringIO(line, newline=""))  # "\r" alone ends one too
+    reader = csv.DictReader(lines, strict=True, delimiter="\t" if plain.suffix.lower() == ".tsv" else ",")
     while True:
         begins = reader.line_num + 1  # a quoted cell may hold line breaks
         try:
