@@ -148,11 +148,28 @@ def known() -> dict[str, LossEntry]:
     return LOSSES
 
 
-def default_of(type_: str, scored: Needs = "positives") -> str:
-    """The loss that rows of a task's type are trained with; of a `teacher`'s rows `distill_kl`, whatever their type."""
-    if scored == "teacher":
+def default_of(type_: str, has: str = "positives") -> str:
+    """The loss that rows of a task's type are trained with; those that have a "teacher" with `distill_kl`."""
+    if has == "teacher":
         return "distill_kl"
     return next((name for name, entry in LOSSES.items() if type_ in entry.default_of), "infonce")
+
+
+def refuse_unfit(entry: LossEntry, has: str, dataset: str, where: str = "") -> None:
+    """Raises CuveeError if a loss needs what a data set's rows do not have.
+
+    Args:
+        has: "positives"; "scores" of graded pairs, which say nothing of positives; or a "teacher" besides positives.
+    """
+    if entry.needs == has or (entry.needs, has) == ("positives", "teacher"):
+        return
+    form = {"positives": "queries with positives", "scores": "graded pairs", "teacher": "a teacher's scores"}
+    fit = [name for name, other in known().items() if other.needs == has]
+    raise CuveeError(
+        f"the loss '{entry.name}' needs {form[entry.needs]}, and '{dataset}' has {form[has]}",
+        where=where,
+        mend=f"choose one of {quoted(fit)}",
+    )
 
 
 def check(name: str, parameters: Mapping[str, Any] | None = None, where: str = "") -> dict[str, Any]:

@@ -23,6 +23,7 @@ from embeddings.loss_registry import (
     get,
     known,
     loss,
+    refuse_unfit,
 )
 from merging.errors import CuveeError
 from merging.methods.registry import Range
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IN_BATCH_TYPES", "LOSSES", "Loss", "LossEntry", "Targets", "build", "check", "combined", "cosines", "default_of", "get",
-    "known", "loss", "without_false_negatives",
+    "known", "loss", "refuse_unfit", "without_false_negatives",
 ]  # fmt: skip
 
 
@@ -226,17 +227,13 @@ _Scale = Annotated[float, Range(1e-3, 1e4), "cosines are multiplied by it"]
 )
 def cosent(queries: torch.Tensor, candidates: torch.Tensor, targets: Targets, *, scale: _Scale = 20.0) -> torch.Tensor:
     """log(1 + Σ e^(s_j − s_i)) over the pairs i with a higher score than j: sentence-transformers' CoSENTLoss."""
-    from sentence_transformers.losses import CoSENTLoss
-
-    return _graded(CoSENTLoss(None, scale=scale), queries, candidates, targets)
+    return _graded("CoSENTLoss", scale, queries, candidates, targets)
 
 
 @loss("angle", title="AnglE", needs="scores", source="arXiv 2309.12871")
 def angle(queries: torch.Tensor, candidates: torch.Tensor, targets: Targets, *, scale: _Scale = 20.0) -> torch.Tensor:
     """CoSENT of the angle in complex space instead of the cosine: sentence-transformers' AnglELoss."""
-    from sentence_transformers.losses import AnglELoss
-
-    return _graded(AnglELoss(None, scale=scale), queries, candidates, targets)
+    return _graded("AnglELoss", scale, queries, candidates, targets)
 
 
 @loss("contrastive", title="Contrastive", needs="scores", source="Hadsell, Chopra and LeCun, CVPR 2006")
@@ -255,8 +252,15 @@ def contrastive(
     return (scores * distances**2 + (1 - scores) * (margin - distances).relu() ** 2).mean() / 2
 
 
-def _graded(loss: Any, queries: torch.Tensor, candidates: torch.Tensor, targets: Targets) -> Any:
-    return loss.compute_loss_from_embeddings([queries, candidates[: len(queries)]], _scores(targets, 1))
+def _graded(name: str, scale: float, queries: torch.Tensor, candidates: torch.Tensor, targets: Targets) -> Any:
+    """A loss of sentence-transformers."""
+    try:
+        from sentence_transformers.sentence_transformer import losses
+    except ImportError:  # before they were moved there
+        from sentence_transformers import losses
+    # Of the model, their first argument, they want no more than its embeddings.
+    theirs = getattr(losses, name)(None, scale=scale)
+    return theirs.compute_loss_from_embeddings([queries, candidates[: len(queries)]], _scores(targets, 1))
 
 
 def _scores(targets: Targets, dimensions: int) -> torch.Tensor:

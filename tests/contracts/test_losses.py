@@ -310,6 +310,18 @@ def test_unknown_names_are_told_with_the_nearest() -> None:
 
 
 @every()
+def test_rows_of_another_form_are_refused(entry: LossEntry) -> None:
+    fits = {"positives": ["positives", "teacher"], "scores": ["scores"], "teacher": ["teacher"]}[entry.needs]
+    for has in ("positives", "scores", "teacher"):
+        if has in fits:
+            losses.refuse_unfit(entry, has, "faq")
+            continue
+        with pytest.raises(CuveeError, match=f"a.yml:3: the loss '{entry.name}' needs .*, and 'faq' has") as caught:
+            losses.refuse_unfit(entry, has, "faq", "a.yml:3")
+        assert losses.default_of("Retrieval" if has == "positives" else "STS", has) in str(caught.value)
+
+
+@every()
 def test_mistakes_are_refused_in_one_line(entry: LossEntry) -> None:
     wrong: list[dict[str, Any]] = [
         {"matryoshka": 0}, {"matryoshka": [64, "many"]}, {"matryoshka": {"64": 1}}, {"matryoshka": []}, {"nothing": 1},

@@ -10,8 +10,13 @@ from embeddings import losses
 from embeddings.losses import Targets
 
 torch = pytest.importorskip("torch")
-theirs = pytest.importorskip("sentence_transformers.losses")
-from torch.nn.functional import cosine_similarity  # noqa: E402
+pytest.importorskip("sentence_transformers")
+try:
+    from sentence_transformers.sentence_transformer import losses as theirs
+except ImportError:  # before they were moved there
+    from sentence_transformers import losses as theirs
+
+cosine_similarity = torch.nn.functional.cosine_similarity
 
 ROWS, NEGATIVES, DIMENSIONS = 7, 3, 24
 
