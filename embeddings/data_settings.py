@@ -38,6 +38,8 @@ from merging.setting import did_you_mean, quoted, refuse_unknown_keys
 SIDES = ("query", "document")
 #: Types whose two sides are texts of one kind: an instruction stands before both.
 SYMMETRIC = ("STS", "PairClassification", "Classification", "Clustering", "Regression", "BitextMining")
+#: Types whose rows are two texts and a score; of `Regression`, once partners are drawn.
+GRADED = ("STS", "PairClassification", "Regression")
 #: Types whose rows are single texts, from which training rows are drawn.
 SINGLE = ("Classification", "Clustering", "Regression")
 #: Columns by type that `columns` may rename.

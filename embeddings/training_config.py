@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from embeddings import suite
+from embeddings.config_check import check_data_loss, refuse_unknown_names
 from embeddings.data_settings import (
     SIDES,
     DataSettings,
@@ -208,7 +209,7 @@ def parse(yaml: str, where: str = "configuration") -> TrainingConfig:
         known = [each.name for each in fields(TrainingConfig) if each.name not in ("where", "text", "lines")]
         refuse_unknown_keys(root, known, "a configuration")
         near = Path(where).parent
-        return TrainingConfig(
+        config = TrainingConfig(
             model=_model(root, near),
             data=_data(root, near),
             schedule=text(root, "schedule", TrainingConfig.schedule),
@@ -232,6 +233,8 @@ def parse(yaml: str, where: str = "configuration") -> TrainingConfig:
             text=yaml,
             lines={key: item.where for key, item in root.value.items()},
         )
+    refuse_unknown_names(config)
+    return config
 
 
 def data_settings(path: str | os.PathLike[str]) -> tuple[DataSettings, ...]:
@@ -251,7 +254,10 @@ def data_settings(path: str | os.PathLike[str]) -> tuple[DataSettings, ...]:
             root = Node({"data": root}, root.where)
         if not isinstance(root.value, dict):
             raise CuveeError("is no mapping", where=root.where, mend="write 'data:' and a list of data sets")
-        return _data(root, file.parent)
+        found = _data(root, file.parent)
+    for data in found:
+        check_data_loss(data, {})
+    return found
 
 
 def _data(root: Node, near: Path) -> tuple[DataSettings, ...]:

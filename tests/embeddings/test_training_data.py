@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from embeddings import training_data
+from embeddings import set_builder
 from embeddings.training_config import TrainingConfig, data_settings, parse
 from embeddings.training_data import TrainingSet, load_sets, read_texts, write_rows
 from merging.errors import CuveeError
@@ -429,7 +429,7 @@ def test_memory_is_bounded_by_a_chunk_of_texts(
         write(tmp_path / name, [{"query": f"q{i}", "positive": f"{i} word" * 1500} for i in range(2000)])
         size += (tmp_path / name).stat().st_size
     config = make("- {file: [a.jsonl, b.csv], name: both}")
-    monkeypatch.setattr(training_data, "_CHUNK_CHARACTERS", 1 << 18)
+    monkeypatch.setattr(set_builder, "_CHUNK_CHARACTERS", 1 << 18)
     tracemalloc.start()
     try:
         found = load_one(config, tmp_path, Lengths())
