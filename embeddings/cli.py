@@ -105,6 +105,8 @@ def evaluate(
         say(f"would score {len(result['models'])} models on {', '.join(result['tasks'])}")
     elif comparison is not None and not as_json:
         _print(comparison)
+        if len(comparison.models) > 3:
+            say(f"every difference and its interval: {out / 'scores.md'}")
     finish(result, as_json)
     evaluation.refuse_failures(result, say)
 
@@ -178,9 +180,12 @@ def _print_scores(scores: dict[str, dict[str, float]], caption: str) -> None:
 def _print(comparison: Any) -> None:
     from rich.console import Console
 
-    from embeddings.comparison import table
+    from embeddings.score_table import tables
 
-    Console(width=None if sys.stdout.isatty() else 240).print(table(comparison))
+    terminal = sys.stdout.isatty()
+    console = Console(width=None if terminal else 240)
+    for table in tables(comparison, width=console.width if terminal else 100, stars=not terminal):
+        console.print(table)
 
 
 def _progress() -> Callable[[str, int, int], None]:

@@ -1,7 +1,7 @@
-"""Several models on several tasks in one table: scores, means, the best, and differences to the first model that are real.
+"""Several models on several tasks side by side: scores, means, the best, and differences to the first model that are real.
 
     comparison = compare(results, seed=0)
-    print(markdown(comparison))
+    print(score_table.markdown(comparison))
 
 The means are those of MTEB's leaderboard: over tasks, and over task types of each type's mean over its tasks. A mean over
 tasks of which one has no score is none.
@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from embeddings.bootstrap import RESAMPLES, interval, paired, replicates
 from embeddings.result import Result
-from merging.errors import printable
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 OVER_TASKS, OVER_TYPES = "mean over tasks", "mean over task types"
 
@@ -66,7 +62,7 @@ class Row:
         if len(self.scores) < 2:
             return set()
         top = max(self.scores.values())
-        return {model for model, score in self.scores.items() if _shown(score) == _shown(top)}
+        return {model for model, score in self.scores.items() if shown(score) == shown(top)}
 
 
 @dataclass(frozen=True)
@@ -138,37 +134,6 @@ def compare(results: Sequence[Result], *, seed: int = 0, resamples: int = RESAMP
     return Comparison(models, tuple(rows))
 
 
-def markdown(comparison: Comparison) -> str:
-    """A table of GitHub's Markdown: a row a task, a column a model, the best in bold."""
-    head = ["task", "metric", *comparison.models]
-    lines = [_line(head), _line(["---", "---", *("---:" for _ in comparison.models)])]
-    for row in comparison.rows:
-        name = row.name if row.kind == "task" else f"*{_title(row)}*"
-        lines.append(_line([name, row.metric, *(_cell(row, m, lambda text: f"**{text}**") for m in comparison.models)]))
-    return "\n".join([*lines, "", f"{_caption(comparison)}.", ""])
-
-
-def table(comparison: Comparison) -> Table:
-    """The same for the terminal; differences within the noise are dim."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    shown = Table(title="Scores", caption=_caption(comparison))
-    shown.add_column("task")
-    shown.add_column("metric")
-    for model in comparison.models:
-        shown.add_column(escape(printable(model)), justify="right")
-    last = ""
-    for row in comparison.rows:
-        section = row.group if row.kind == "task" else row.kind
-        if last not in ("", section):
-            shown.add_section()
-        last = section
-        cells = [_cell(row, m, lambda text: f"[bold]{text}[/bold]", dim="[dim]{}[/dim]") for m in comparison.models]
-        shown.add_row(escape(printable(_title(row))), row.metric, *cells)
-    return shown
-
-
 def csv_table(comparison: Comparison) -> str:
     """One line a row and model, with every digit: for spreadsheets and data frames."""
     text = io.StringIO()
@@ -195,6 +160,11 @@ def plain(comparison: Comparison) -> dict[str, Any]:
         for row in comparison.rows
     ]
     return {"models": list(comparison.models), "rows": rows}
+
+
+def shown(score: float) -> str:
+    """As every table of ours has it."""
+    return f"{100 * score:.2f}"
 
 
 def _cells(of_task: Mapping[str, Result], seed: int, resamples: int) -> dict[str, _Cell]:
@@ -232,39 +202,3 @@ def _difference(first: _Cell, other: _Cell) -> Difference:
     if first.replicates is None or other.replicates is None:
         return Difference(gap)
     return Difference(gap, *interval(other.replicates - first.replicates, first.examples, gap))
-
-
-def _shown(score: float) -> str:
-    return f"{100 * score:.2f}"
-
-
-def _title(row: Row) -> str:
-    return {"task": "{}", "group": "mean of {}", "type": "mean of {}", "mean": "{}"}[row.kind].format(row.name)
-
-
-def _cell(row: Row, model: str, bold: Callable[[str], str], dim: str = "{}") -> str:
-    if model not in row.scores:
-        return "–"
-    text = _shown(row.scores[model])
-    text = bold(text) if model in row.best else text
-    gap = row.differences.get(model)
-    if gap is None:
-        return text
-    shown = f"{100 * gap.value:+.2f}"
-    if gap.low is not None and gap.high is not None:
-        shown = f"{shown}; {100 * gap.low:+.2f} to {100 * gap.high:+.2f}"
-    shown = f"({shown})"
-    return f"{text} {shown if gap.beyond_noise else dim.format(shown)}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |"
-
-
-def _caption(comparison: Comparison) -> str:
-    if len(comparison.models) < 2:
-        return "Main scores times 100"
-    return (
-        f"Main scores times 100, the best in bold; then the difference to {printable(comparison.models[0])} and its "
-        "95 % interval by paired bootstrap over queries or examples, where the task can be told apart into them"
-    )

