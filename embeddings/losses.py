@@ -106,10 +106,8 @@ def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _log_sum(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(rows,) logsumexp over the masked columns. Finite where there are none, so that no gradient becomes NaN."""
-    import torch
-
-    return logits.masked_fill(~mask, torch.finfo(logits.dtype).min / 2).logsumexp(1)
+    """(rows,) logsumexp over the masked columns; −∞ where there are none."""
+    return logits.masked_fill(~mask, float("-inf")).logsumexp(1)
 
 
 def _softplus(x: torch.Tensor) -> torch.Tensor:

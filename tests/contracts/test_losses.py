@@ -224,6 +224,15 @@ def test_without_negatives_nothing_is_learnt_and_nothing_breaks(entry: LossEntry
 
 
 @every(lambda entry: entry.needs == "positives")
+def test_a_positive_counts_whether_or_not_it_is_marked_allowed(entry: LossEntry) -> None:
+    q, c, targets = batch(entry)
+    for symmetric in (False, True):
+        run = build(entry, **({"symmetric": symmetric} if "symmetric" in entry.parameters else {}))
+        unmarked = Targets(targets.positive, targets.allowed & ~targets.positive)
+        torch.testing.assert_close(run(q, c, unmarked), run(q, c, targets))
+
+
+@every(lambda entry: entry.needs == "positives")
 @pytest.mark.parametrize("gap", [0.5, 1.0, 1.9])
 def test_a_pair_that_is_learnt_still_has_a_gradient(entry: LossEntry, gap: float) -> None:
     """Where the positive's share rounds to 1, the loss is the negative's share, not 0."""

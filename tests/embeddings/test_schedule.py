@@ -107,6 +107,15 @@ def test_mgs_with_one_large_task_still_uses_every_batch_once() -> None:
     assert sum(len({part.dataset for part in step}) > 1 for step in made) == 3
 
 
+def test_mgs_shuffles_its_steps() -> None:
+    """Ten batches of the second task over fifteen steps: not the first ten, nor the last."""
+    made = build("mgs", [(160, "Retrieval", 8, 1), (80, "STS", 8, 1)])
+    runs = [list(run) for _, run in groupby(any(part.dataset == 1 for part in step) for step in made)]
+    assert len(made) == 15
+    assert sum(len(run) for run in runs if run[0]) == 10
+    assert len(runs) > 3
+
+
 def test_weights_take_a_part_or_repeat() -> None:
     half = [seen(build("batch_level", [(40, "STS", 5, 0.5)], seed=seed)) for seed in (0, 1)]
     assert [len(rows) for rows in half] == [20, 20]
