@@ -189,13 +189,16 @@ def _print(comparison: Any) -> None:
 
 
 def _progress() -> Callable[[str, int, int], None]:
-    began: dict[str, float] = {}
+    """Writes a line for each thing that is being done; its rate is that since it was first heard of."""
+    began: dict[str, tuple[float, int]] = {}
 
     def show(what: str, done: int, total: int) -> None:
-        start = began.setdefault(what, time.monotonic())
-        spent = time.monotonic() - start
-        rate = f", {done / spent:.1f}/s, {spent / done * (total - done):.0f} s left" if done and spent > 0 else ""
+        start, before = began.setdefault(what, (time.monotonic(), done))
+        spent, new = time.monotonic() - start, done - before
+        rate = f", {new / spent:.1f}/s, {spent / new * (total - done):.0f} s left" if new > 0 and spent > 0 else ""
         sys.stderr.write(f"\r{what}: {done}/{total}{rate:30}" + ("\n" if done >= total else ""))
         sys.stderr.flush()
+        if done >= total:
+            del began[what]  # it may begin anew: the other side of a task of pairs
 
     return show

@@ -32,7 +32,7 @@ from embeddings.scoring import MTEB_SEED, score
 from embeddings.tasks import Target
 from merging import lineage
 from merging.errors import CuveeError
-from merging.output import refuse_existing
+from merging.output import alone, just_begun, refuse_existing
 from merging.setting import did_you_mean
 from merging.sources import ModelRef
 
@@ -129,27 +129,29 @@ def evaluate(
     }
     if dry_run:
         return {**content, "dry_run": True}, None
-    write_whole(out / lineage.FILE, lineage.text({**content, "state": "begun"}))
-    run = _Run(out, settings, force, progress or (lambda what, done, total: None), note or (lambda line: None))
-    for label, ref in refs.items():
-        content["models"][label] |= run.score(label, ref, targets)
-    comparison = compare(run.results, seed=settings.seed) if run.results else None
-    content |= {
-        "seconds": round(time.perf_counter() - began, 1),
-        "scores": comparison.scores() if comparison else {},
-        "means": comparison.means() if comparison else {},
-        "reused": run.reused,
-        "failed": run.failed,
-    }
-    if comparison:
-        content["comparison"] = plain(comparison)["rows"]
-        write_whole(out / "scores.md", markdown(comparison))
-        write_whole(out / "scores.csv", csv_table(comparison))
-        write_whole(out / "scores.json", json.dumps({**plain(comparison), "failed": run.failed}, indent=2) + "\n")
-    for label, file in cards.items():
-        if of_model := [result for result in run.results if result.model == label]:
-            card.write_card(file, of_model)
-    write_whole(out / lineage.FILE, lineage.text({**content, "state": "incomplete" if run.failed else "done"}))
+    with alone(out):
+        _check_out(out)  # as it is now that nobody else is at work in it
+        write_whole(out / lineage.FILE, lineage.text({**content, "state": "begun"}))
+        run = _Run(out, settings, force, progress or (lambda what, done, total: None), note or (lambda line: None))
+        for label, ref in refs.items():
+            content["models"][label] |= run.score(label, ref, targets)
+        comparison = compare(run.results, seed=settings.seed) if run.results else None
+        content |= {
+            "seconds": round(time.perf_counter() - began, 1),
+            "scores": comparison.scores() if comparison else {},
+            "means": comparison.means() if comparison else {},
+            "reused": run.reused,
+            "failed": run.failed,
+            "comparison": plain(comparison)["rows"] if comparison else [],
+        }
+        if comparison:
+            write_whole(out / "scores.md", markdown(comparison))
+            write_whole(out / "scores.csv", csv_table(comparison))
+            write_whole(out / "scores.json", json.dumps({**plain(comparison), "failed": run.failed}, indent=2) + "\n")
+        for label, file in cards.items():
+            if of_model := [result for result in run.results if result.model == label]:
+                card.write_card(file, of_model)
+        write_whole(out / lineage.FILE, lineage.text({**content, "state": "incomplete" if run.failed else "done"}))
     return content, comparison
 
 
@@ -304,6 +306,8 @@ def _check_prompts(prompts: Mapping[str, str], targets: Sequence[Target]) -> Non
 
 
 def _check_out(out: Path) -> None:
+    if just_begun(out):
+        return
     refuse_existing(out, force=True)  # what is in it is kept; but it must be ours
     if (out / lineage.FILE).is_file() and (command := lineage.read(out).get("command")) != "evaluate":
         raise CuveeError(f"is an output of `cuvee {command}`", where=str(out), mend="choose another folder")

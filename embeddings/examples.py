@@ -34,6 +34,7 @@ def noted(task: Any) -> Iterator[list[Examples]]:
     """A list that fills with the examples of an mteb task while mteb scores a model on it."""
     found: list[Examples] = []
     score_subset, hook = task._evaluate_subset, getattr(task, "task_specific_scores", None)
+    calculate: Any = getattr(task, "_calculate_scores", None)
     notes: dict[str, Any] = {}
 
     def evaluate_subset(model: Any, data: Any, **kwargs: Any) -> Any:
@@ -56,7 +57,7 @@ def noted(task: Any) -> Iterator[list[Examples]]:
         return calculate(*args, **kwargs)
 
     task._evaluate_subset = evaluate_subset
-    if (calculate := getattr(task, "_calculate_scores", None)) is not None:
+    if calculate is not None:
         task._calculate_scores = calculate_scores
     task._save_task_predictions = lambda predictions, *args, **kwargs: notes.update(predictions=predictions)
     if hook is not None:

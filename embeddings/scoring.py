@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from embeddings.bootstrap import Examples
 from embeddings.examples import noted
@@ -93,8 +93,12 @@ def _failure(error: Exception, target: Target) -> CuveeError:
 
 @contextmanager
 def _their_words() -> Iterator[list[str]]:
-    """Keeps mteb's, datasets' and scikit-learn's remarks off the terminal; gives the warnings, each once."""
+    """Keeps mteb's, datasets' and scikit-learn's remarks and bars off the terminal; gives the warnings, each once."""
     import datasets
+    import tqdm  # type: ignore[import-untyped]
+
+    def quiet(bar: Any, *args: Any, **kwargs: Any) -> None:
+        begin(bar, *args, **{**kwargs, "disable": True})
 
     loggers = [logging.getLogger(name) for name in ("mteb", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
@@ -103,12 +107,14 @@ def _their_words() -> Iterator[list[str]]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    begin, tqdm.tqdm.__init__ = tqdm.tqdm.__init__, quiet  # some of mteb's bars have no switch
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield heard
         heard += dict.fromkeys(str(warning.message).splitlines()[0][:300] for warning in caught if str(warning.message))
     finally:
+        tqdm.tqdm.__init__ = begin
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if bars:

@@ -16,6 +16,7 @@ from merging.errors import CuveeError
 # A run's own folder `.OUT.partial-…` beside OUT holds these, and goes when the run ends. The lock file is the first to
 # come and the last to go, so that whoever finds the folder can tell a run at work from one that was killed.
 _LOCK, _NEW, _OLD = "lock", "new", "old"
+_AT_WORK = ".lock"  # in a folder that is filled step by step; it stays
 
 
 @contextmanager
@@ -77,6 +78,41 @@ def refuse_existing(out: Path, *, force: bool, marker: str = "cuvee.json") -> No
             )
     except OSError as error:
         raise CuveeError(f"cannot be looked into: {error.strerror}", where=str(out)) from error
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder that is filled step by step and gone on with later; makes it if need be.
+
+    Raises:
+        CuveeError: another process is at work in it, or it cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / _AT_WORK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        what = "is no folder" if isinstance(error, FileExistsError) else f"cannot write: {error.strerror}"
+        raise CuveeError(what, where=str(out), mend="choose another folder") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mend = "wait for its end, or choose another folder"
+            raise CuveeError("another process is at work in it", where=str(out), mend=mend) from None
+        except OSError as error:
+            raise CuveeError(
+                f"cannot be locked: {error.strerror}", where=str(out), mend="choose another disk"
+            ) from error
+        yield
+    finally:
+        os.close(lock)
+
+
+def just_begun(out: Path) -> bool:
+    """Whether a folder holds no more than a run leaves that was killed in its first moment."""
+    with suppress(OSError):
+        return not out.is_symlink() and {file.name for file in out.iterdir()} <= {_AT_WORK}
+    return False
 
 
 def _begin(out: Path) -> tuple[Path, int]:

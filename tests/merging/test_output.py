@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from merging.errors import CuveeError
-from merging.output import staged
+from merging.output import alone, just_begun, staged
 
 
 def make(out: Path, content: str = "new", *, force: bool = False) -> None:
@@ -180,3 +180,17 @@ def test_a_relative_out_stays_where_the_run_began(tmp_path: Path, monkeypatch: p
         (folder / "weights").write_text("new")
         os.chdir("/")
     assert content(tmp_path / "out") == "new"
+
+
+def test_one_process_at_a_time_is_alone_in_a_folder(tmp_path: Path) -> None:
+    out = tmp_path / "deeper" / "run"
+    with alone(out), pytest.raises(CuveeError, match="another process is at work in it"), alone(out):
+        pass
+    with alone(out):
+        assert just_begun(out)
+        (out / "cuvee.json").touch()
+    assert not just_begun(out) and not just_begun(tmp_path / "missing") and not just_begun(out / "cuvee.json")
+    with pytest.raises(CuveeError, match="is no folder"), alone(out / "cuvee.json"):
+        pass
+    with pytest.raises(CuveeError, match="cannot write"), alone(out / "cuvee.json" / "run"):
+        pass
