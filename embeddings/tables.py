@@ -159,7 +159,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Row]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # a damaged column's name is no UTF-8
         raise SuiteError(f"is not Parquet: {str(error).splitlines()[0]}", where=str(file)) from None
 
 

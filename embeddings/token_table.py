@@ -51,6 +51,11 @@ class Ragged:
         """(rows,)"""
         return np.diff(self.offsets)
 
+    @property
+    def whole(self) -> bool:
+        """Whether the offsets are those of the values."""
+        return len(self.offsets) > 0 and self.offsets[0] == 0 and int(self.offsets[-1]) == len(self.values)
+
     def kept(self, keep: NDArray[np.bool_]) -> Ragged:
         """Without the values where `keep`, (values,), is false."""
         counts = np.concatenate([[0], np.cumsum(keep)])
@@ -72,6 +77,9 @@ class TokenTable:
     Attributes:
         folder: where it lies.
         lengths: (texts,) int32, in memory.
+
+    Raises:
+        ValueError, OSError: the folder is damaged, or none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -81,6 +89,9 @@ class TokenTable:
         self._texts: NDArray[np.uint8] = mapped(folder / "texts.npy")
         self._text_offsets: NDArray[np.int64] = mapped(folder / "text_offsets.npy")
         self.lengths: NDArray[np.int32] = np.diff(self._offsets).astype(np.int32)
+        parts = (Ragged(self._offsets, self._tokens), Ragged(self._text_offsets, self._texts))
+        if not all(part.whole for part in parts) or len(parts[0]) != len(parts[1]):
+            raise ValueError(f"{folder} is damaged")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenTable, (self.folder,)

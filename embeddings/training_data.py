@@ -37,6 +37,7 @@ class TrainingSet:
     """A data set that is ready to train on.
 
     Attributes:
+        type: what its rows are: that of the settings, but "STS" for `Regression`, whose rows are graded pairs by now.
         digest: of the rows' texts, in their order: the same digest, the same row numbers.
         query_tokens, document_tokens: distinct texts of each side; one object where both sides read alike.
         queries: (rows,) int32, indices into query_tokens.
@@ -170,9 +171,9 @@ def _open(folder: Path, settings: DataSettings) -> TrainingSet | None:
         def optional(name: str) -> NDArray[Any] | None:
             return mapped(folder / f"{name}.npy") if (folder / f"{name}.npy").is_file() else None
 
-        return TrainingSet(
+        found = TrainingSet(
             name=settings.name,
-            type=settings.type,
+            type="STS" if settings.type == "Regression" else settings.type,
             settings=settings,
             digest=content["digest"],
             query_tokens=query,
@@ -186,8 +187,16 @@ def _open(folder: Path, settings: DataSettings) -> TrainingSet | None:
             label_names=tuple(content["labels"]),
             notes=tuple(f"{settings.name}: {note}" for note in content["notes"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:  # whatever json and numpy make of damaged files
         return None
+    return found if _sound(found) else None
+
+
+def _sound(found: TrainingSet) -> bool:
+    """Whether the arrays fit each other."""
+    raggeds = [found.positives, found.negatives, *([found.teacher] if found.teacher is not None else [])]
+    columns = [each for each in (found.labels, found.scores) if each is not None]
+    return all(ragged.whole for ragged in raggeds) and {len(each) for each in (*raggeds, *columns)} == {len(found)}
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import gzip
 import json
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def test_the_second_start_reads_only_the_cache(tmp_path: Path, make: Callable[..
     assert len(first) == 5 and texts(first) == texts(again)  # what is open stays what it was
 
 
-@pytest.mark.parametrize("harm", ["truncated", "missing", "no marker"])
+@pytest.mark.parametrize("harm", ["truncated", "shorter", "missing", "no marker"])
 def test_a_damaged_cache_is_made_again(harm: str, tmp_path: Path, make: Callable[..., TrainingConfig]) -> None:
     write(tmp_path / "a.jsonl", PAIRS)
     config = make("- file: a.jsonl")
@@ -184,11 +185,22 @@ def test_a_damaged_cache_is_made_again(harm: str, tmp_path: Path, make: Callable
     folder = next(path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     if harm == "truncated":
         (folder / "queries.npy").write_bytes(b"\x93NUMPY")
+    elif harm == "shorter":
+        np.save(folder / "query" / "tokens.npy", np.load(folder / "query" / "tokens.npy")[:-1])
     elif harm == "missing":
         (folder / "query" / "tokens.npy").unlink()
     else:
         (folder / "set.json").unlink()
     assert texts(load_one(config, tmp_path)) == whole
+
+
+def test_of_several_at_once_one_reads_and_the_others_wait(tmp_path: Path, make: Callable[..., TrainingConfig]) -> None:
+    write(tmp_path / "a.jsonl", PAIRS)
+    config, tokenize = make("- file: a.jsonl"), Words()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: load_one(config, tmp_path, tokenize), range(4)))
+    assert len({each.digest for each in found}) == 1
+    assert tokenize.seen == 2 * len(PAIRS) + 4  # each text once, and the probe of the two sides
 
 
 def test_a_mistake_leaves_nothing_in_the_cache(tmp_path: Path, make: Callable[..., TrainingConfig]) -> None:
@@ -317,7 +329,7 @@ def test_one_label_tells_nothing_apart(tmp_path: Path, make: Callable[..., Train
 
 def test_texts_with_scores_become_graded_pairs(tmp_path: Path, make: Callable[..., TrainingConfig]) -> None:
     found = load_one(make("- {suite: shipped, task: sentiment}"), tmp_path)
-    assert found.type == "Regression" and found.scores is not None
+    assert (found.type, found.settings.type) == ("STS", "Regression") and found.scores is not None
     assert found.scores.min() >= 0 and found.scores.max() <= 1 and found.scores.std() > 0.1
     assert all(row["sentence1"] != row["sentence2"] for row in texts(found)[:200])
     write(tmp_path / "a.jsonl", [{"text": t, "score": s} for t, s in (("bad", -1), ("fair", 0), ("good", 1))])
