@@ -110,7 +110,7 @@ def evaluate(
     settings, out = settings or Settings(), Path(out).absolute()
     if not (names or suites or languages or types):
         suites = (None,)
-    targets = tasks.resolve(names, suites=suites, languages=languages, types=types, split=split)
+    targets = tasks.resolve(names, suites=suites, languages=languages, types=types, split=split, note=note)
     refs = _check_models(models, settings)
     _check_prompts(settings.prompts or {}, targets)
     cards = {label: card.card_file(models[i]) for i, label in enumerate(refs)} if write_cards else {}

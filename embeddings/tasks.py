@@ -52,16 +52,19 @@ def resolve(
     languages: Sequence[str] = (),
     types: Sequence[str] = (),
     split: str = "test",
+    note: Callable[[str], None] | None = None,
 ) -> list[Target]:
     """The tasks that are named, each once.
 
     Args:
-        names: of mteb's tasks and benchmarks, and of the suites' tasks.
+        names: of mteb's tasks and benchmarks, and of the suites' tasks; of the suite that comes with the package also
+            where it is not among them, if mteb has nothing of that name.
         suites: their folders; None is the suite that comes with the package. All of their tasks, or those that are named.
         languages: as mteb writes them ("eng", "eng-Latn"); keeps those tasks and parts of tasks only. Without names
             and suites: all of mteb's text tasks in them. Does not concern suites.
         types: likewise, of all tasks.
-        split: of the suites' tasks.
+        split: of the suites' tasks; those that have no such split are left out.
+        note: called with a line on what is left out.
 
     Raises:
         CuveeError: an unknown task, benchmark, language or type; two tasks of one name; none left.
@@ -69,12 +72,17 @@ def resolve(
     if types:
         _check_types(types)
     own = [task for folder in suites for task in sorted(suite.load(folder), key=lambda task: task.group)]
-    picked = [task for task in own if task.name in names]
+    picked = [task for task in own if task.name in names] or list(own)
     rest = [name for name in names if name not in {task.name for task in own}]
     found: list[Target] = []
-    if rest or (not names and (languages or (types and not suites))):
-        found += _of_mteb(rest, languages, types)
-    found += [_of_suite(task, split) for task in picked or own if not types or task.type in types]
+    if rest:
+        theirs, shipped = _look_up(rest, own)
+        found += _of_mteb(theirs, languages, types) if theirs else ()
+        picked += shipped
+    elif not names and (languages or (types and not suites)):
+        found += _of_mteb((), languages, types)
+    picked = [task for task in picked if not types or task.type in types]
+    found += [_of_suite(task, split) for task in _with_split(picked, split, bool(found), note)]
     targets: dict[str, Target] = {}
     for target in found:
         known = targets.setdefault(target.name, target)
@@ -83,6 +91,19 @@ def resolve(
     if not targets:
         raise CuveeError("no task is left", where="cuvee evaluate", mend="name --tasks or a --suite, or filter less")
     return list(targets.values())
+
+
+def _with_split(
+    tasks: Sequence[suite.SuiteTask], split: str, others: bool, note: Callable[[str], None] | None
+) -> list[suite.SuiteTask]:
+    """Those that have the split; the first's error where it would leave none."""
+    left = [task for task in tasks if split in task.splits]
+    without = [task.name for task in tasks if split not in task.splits]
+    if tasks and not left and not others:
+        tasks[0].tables(split)  # which says so
+    if without and note is not None:
+        note(f"left out, for they have no split '{split}': {', '.join(without)}")
+    return left
 
 
 def _of_suite(task: suite.SuiteTask, split: str) -> Target:
@@ -125,8 +146,29 @@ def _of_mteb(names: Sequence[str], languages: Sequence[str], types: Sequence[str
         raise CuveeError(f"'{code}' is no language", mend="write ISO 639-3 as mteb does, 'eng' or 'eng-Latn'") from None
 
 
+def _look_up(names: Iterable[str], own: Sequence[suite.SuiteTask]) -> tuple[list[str], list[suite.SuiteTask]]:
+    """The names that mteb knows, and the shipped suite's tasks of the others.
+
+    Args:
+        own: the tasks of the suites that were named, for the nearest names.
+
+    Raises:
+        CuveeError: a name that is neither's.
+    """
+    shipped = {task.name: task for task in suite.load()}
+    theirs, ours = [], []
+    for name in names:
+        if any(_named([name])):
+            theirs.append(name)
+        elif name in shipped:
+            ours.append(shipped[name])
+        else:
+            raise _unknown(name, [*(task.name for task in own), *shipped])
+    return theirs, ours
+
+
 def _named(names: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Group and task of each name; the group of a benchmark's tasks is the benchmark."""
+    """Group and task of each name that mteb knows; the group of a benchmark's tasks is the benchmark."""
     import mteb
 
     for name in names:
@@ -135,12 +177,18 @@ def _named(names: Iterable[str]) -> Iterator[tuple[str, Any]]:
             continue
         with suppress(KeyError):
             yield from ((name, task) for task in mteb.get_benchmark(name).tasks)
-            continue
-        tasks = (task.metadata.name for task in mteb.get_tasks(exclude_superseded=False, exclude_private=False))
-        known = {known.lower(): known for known in (*tasks, *(each.name for each in mteb.get_benchmarks()))}
-        near = [known[found] for found in difflib.get_close_matches(name.lower(), known, n=3)]
-        mend = f"the nearest are {quoted(near)}" if near else "`mteb available-tasks` lists them"
-        raise CuveeError(f"'{name}' is no task or benchmark of mteb", where="--tasks", mend=mend)
+
+
+def _unknown(name: str, of_suites: Iterable[str]) -> CuveeError:
+    import mteb
+
+    every = mteb.get_tasks(exclude_superseded=False, exclude_private=False)
+    theirs = (*(task.metadata.name for task in every), *(benchmark.name for benchmark in mteb.get_benchmarks()))
+    known = {known.lower(): known for known in (*theirs, *of_suites)}
+    near = [known[found] for found in difflib.get_close_matches(name.lower(), known, n=3)]
+    mend = f"the nearest are {quoted(near)}" if near else "`mteb available-tasks` lists mteb's"
+    what = f"'{name}' is no task or benchmark of mteb, and no task of a suite named here or of the shipped one"
+    return CuveeError(what, where="--tasks", mend=f"{mend}; add --suite FOLDER for tasks of your own")
 
 
 def _target(task: Any, group: str) -> Target:

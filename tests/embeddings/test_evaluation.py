@@ -370,6 +370,7 @@ def test_a_model_of_nan_fails_alone(minilm: Path, small: Path, tmp_path: Path) -
     ("about", "said"),
     [
         ({"names": ["STSBenchmrk"]}, "'STSBenchmrk' is no task or benchmark of mteb.*'STSBenchmark'"),
+        ({"names": ["organ-systm"]}, "'organ-systm' is no task .*'organ-system'.*add --suite FOLDER"),
         ({"names": ["MTEB(eng,v2)"]}, r"nearest are .*'MTEB\(eng, v2\)'"),
         ({"languages": ["xxq"]}, "'xxq' is no language"),
         ({"types": ["Retrievl"]}, "'Retrievl' is no type of task.*'Retrieval'"),
@@ -408,8 +409,21 @@ def test_names_pick_from_the_suites_and_the_others_are_mtebs(small: Path) -> Non
 
 def test_the_shipped_suite_is_the_default_and_other_splits_can_be_scored() -> None:
     assert {target.group for target in resolve(suites=[None])} == {"in-domain", "out-of-domain"}
+    said: list[str] = []
+    validated = resolve(suites=[None], split="validation", note=said.append)
+    assert {target.group for target in validated} == {"in-domain"}
+    assert {target.splits for target in validated} == {("validation",)}
+    assert len(said) == 1 and "no split 'validation': emoji-german, organ-system" in said[0]
     with pytest.raises(CuveeError, match="has no split 'validation'"):
-        resolve(suites=[None], split="validation")
+        resolve(["emoji-german"], suites=[None], split="validation")
+
+
+def test_the_shipped_suites_tasks_need_no_suite(small: Path) -> None:
+    (word,) = resolve(["word"])
+    assert word == next(target for target in resolve(suites=[None]) if target.name == "word")
+    assert [t.name for t in resolve(["word", "STS12", "intent"])] == ["STS12", "word", "intent"]
+    assert [t.name for t in resolve(["one", "word"], suites=[small])] == ["one", "word"]
+    assert [t.name for t in resolve(["word"], types=["Retrieval"])] == ["word"]
 
 
 def test_data_that_are_not_in_the_cache_are_named(
