@@ -254,14 +254,19 @@ def _refuse_no_texts(transformer: Any, ref: str) -> None:
     from transformers import PreTrainedTokenizerBase
 
     first = transformer[0]
-    if not isinstance(first, Transformer) or not isinstance(first.processor, PreTrainedTokenizerBase):
+    reader = getattr(first, "processor", None)
+    if not isinstance(first, Transformer) or not isinstance(reader, PreTrainedTokenizerBase):
         raise CuveeError(
-            f"is no transformer that reads texts: it begins with a {type(first).__name__}",
+            f"is no transformer of texts alone: it begins with {type(first).__name__} and {type(reader).__name__}",
             where=ref,
             mend="train it by sentence-transformers",
         )
-    if any(any(row) for row in first.processor(["a text"]).get("token_type_ids", [])):
+    if any(any(row) for row in reader(["a text"]).get("token_type_ids", [])):
         raise CuveeError("marks its tokens with types other than 0, which is not supported", where=ref)
+    for module in transformer:
+        # Its weights count from the text's beginning, and the features do not tell where that was.
+        if getattr(module, "include_prompt", True) is False and "weightedmean" in module.pooling_mode:
+            raise CuveeError("has a weighted mean that leaves out the prompt, which is not supported", where=ref)
 
 
 def _arrange(transformer: Any, settings: ModelSettings, plain: bool, where: str) -> None:

@@ -6,6 +6,7 @@ it holds when plain `SentenceTransformer(path)` loads the folder.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from typing import Any
 
@@ -73,29 +74,60 @@ def append_eos(tokenizer: Any, where: str) -> None:
     """Ends every text with EOS, cut ones too; nothing where the tokenizer does so already.
 
     Raises:
-        CuveeError: it has no EOS, or forgets it when saved.
+        CuveeError: it has no EOS, or does not do it right, or forgets it when saved.
     """
     eos = tokenizer.eos_token
     if eos is None:
         raise CuveeError("its tokenizer has no EOS to append", where=where, mend="say 'append_eos: false'")
-    if _ends_with_eos(tokenizer):
+    before = tokenizer(_PROBE)["input_ids"]
+    if before[-1:] == [tokenizer.eos_token_id]:
         return
-    from tokenizers.processors import Sequence, TemplateProcessing
-
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        end = TemplateProcessing(
-            single=f"$A {eos}", pair=f"$A {eos} $B {eos}", special_tokens=[(eos, tokenizer.eos_token_id)]
-        )
-        own = backend.post_processor
-        backend.post_processor = end if own is None else Sequence([own, end])
-    if not _ends_with_eos(tokenizer) or not _ends_with_eos(_saved_and_loaded(tokenizer)):
+        own = json.loads(backend.to_str())["post_processor"]
+        backend.post_processor = _post_processor(_with_eos(own, eos, tokenizer.eos_token_id))
+    wanted = [*before, tokenizer.eos_token_id]
+    if not _gives(tokenizer, wanted) or not _gives(_saved_and_loaded(tokenizer), wanted):
         what = f"EOS cannot be appended by its tokenizer ({type(tokenizer).__name__})"
         raise CuveeError(what, where=where, mend="say 'append_eos: false'")
 
 
-def _ends_with_eos(tokenizer: Any) -> bool:
-    return bool(tokenizer(_PROBE)["input_ids"][-1] == tokenizer.eos_token_id)
+def _with_eos(own: dict[str, Any] | None, eos: str, eos_id: int) -> dict[str, Any]:
+    """A post-processor as tokenizer.json has it, with EOS behind what it adds already.
+
+    A template of its own behind another one would be wrong: the second takes what the first added for a text.
+    """
+    end = {"SpecialToken": {"id": eos, "type_id": 0}}
+    token = {"id": eos, "ids": [eos_id], "tokens": [eos]}
+    if own is not None and own["type"] == "TemplateProcessing":
+        sides = {side: [*own[side], end] for side in ("single", "pair")}
+        return {**own, **sides, "special_tokens": {**own["special_tokens"], eos: token}}
+    if own is not None and own["type"] == "Sequence":
+        *firsts, last = own["processors"]
+        if last["type"] == "TemplateProcessing":
+            return {**own, "processors": [*firsts, _with_eos(last, eos, eos_id)]}
+        return {**own, "processors": [*own["processors"], _with_eos(None, eos, eos_id)]}
+    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    template = {
+        "type": "TemplateProcessing",
+        "single": [texts[0], end],
+        "pair": [texts[0], end, texts[1], end],
+        "special_tokens": {eos: token},
+    }
+    return template if own is None else {"type": "Sequence", "processors": [own, template]}
+
+
+def _post_processor(content: dict[str, Any]) -> Any:
+    from tokenizers import Tokenizer, models
+
+    carrier = json.loads(Tokenizer(models.WordLevel({}, unk_token="")).to_str())
+    return Tokenizer.from_str(json.dumps({**carrier, "post_processor": content})).post_processor
+
+
+def _gives(tokenizer: Any, ids: list[int]) -> bool:
+    """Whether the probe becomes these ids, and its middle alone is lost where it is cut."""
+    cut = tokenizer(_PROBE, truncation=True, max_length=len(ids) - 1)["input_ids"]
+    return bool(tokenizer(_PROBE)["input_ids"] == ids and cut == [*ids[:-2], ids[-1]])
 
 
 def _saved_and_loaded(tokenizer: Any) -> Any:

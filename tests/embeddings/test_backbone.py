@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -224,7 +225,7 @@ def test_pooling_and_normalisation_are_what_the_settings_say(
 # Mistakes.
 
 
-def _router(folder: Path, minilm: Path) -> None:
+def _static(folder: Path, minilm: Path) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
@@ -238,13 +239,40 @@ def _reranker(folder: Path, minilm: Path) -> None:
     (folder / "config_sentence_transformers.json").write_text('{"model_type": "CrossEncoder"}')
 
 
+def _weighted(folder: Path, minilm: Path) -> None:
+    shutil.copytree(minilm, folder)
+    settings = {"embedding_dimension": 384, "pooling_mode": "weightedmean", "include_prompt": False}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+
+
+def _types(folder: Path, minilm: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    ARCHITECTURES["llama"].new(0).save_pretrained(folder)
+    tokenizer = words(pad_token="<s>", eos_token="</s>")
+    end = TemplateProcessing(single=["$A", "</s>:2"], special_tokens=[("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = end
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def _no_padding(folder: Path, minilm: Path) -> None:
+    ARCHITECTURES["bert"].new(0).save_pretrained(folder)
+    words().save_pretrained(folder)
+
+
 def _bare(folder: Path, minilm: Path) -> None:
     shutil.copytree(minilm, folder, ignore=shutil.ignore_patterns("modules.json", "config.json"))
 
 
 MISTAKES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
-    "no transformer": (_router, "begins with a StaticEmbedding"),
+    "no transformer": (_static, "begins with StaticEmbedding"),
     "reranker": (_reranker, "is a reranker"),
+    "weighted mean": (_weighted, "weighted mean that leaves out the prompt"),
+    "token types": (_types, "types other than 0"),
+    "no padding": (_no_padding, "no token to pad with"),
     "no config": (_bare, "no config.json"),
 }
 

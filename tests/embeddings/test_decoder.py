@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,14 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
 _HEADS = {"Gemma3": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}
 
 
-def bpe(kind: str) -> Any:
+def bpe(kind: str, **options: Any) -> Any:
     """A real tokenizer class of transformers with a vocabulary of a few letters."""
     import transformers
 
     letters = [*"abcdefghijklmnopqrstuvwxyz,", "Ġ", "▁"]
     vocabulary = {name: i for i, name in enumerate(["<unk>", "<s>", "</s>", "<pad>", "<eos>", "<bos>", *letters])}
     return getattr(transformers, kind)(
-        vocab=vocabulary, merges=[], eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+        vocab=vocabulary, merges=[], eos_token="</s>", bos_token="<s>", unk_token="<unk>", **options
     )
 
 
@@ -156,19 +157,62 @@ def test_every_text_ends_with_eos_cut_ones_too(folders: dict[str, Path], tmp_pat
     assert without.tokenizer_digest != backbone.tokenizer_digest
 
 
-@pytest.mark.parametrize("kind", ["LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "GPT2Tokenizer"])
+def _template(*names: str) -> Any:
+    from tokenizers.processors import TemplateProcessing
+
+    special = [(name, number) for number, name in enumerate(["<unk>", "<s>", "</s>"]) if name in names]
+    return TemplateProcessing(single=[*names], pair=[*names, "$B"], special_tokens=special)
+
+
+def _llama3() -> Any:
+    from tokenizers.processors import ByteLevel, Sequence
+
+    tokenizer = words(bos_token="<s>", eos_token="</s>")
+    tokenizer.backend_tokenizer.post_processor = Sequence([ByteLevel(trim_offsets=False), _template("<s>", "$A")])
+    return tokenizer
+
+
+def _template_only() -> Any:
+    tokenizer = words(bos_token="<s>", eos_token="</s>")
+    tokenizer.backend_tokenizer.post_processor = _template("<s>", "$A")
+    return tokenizer
+
+
+def _byte_level() -> Any:
+    from tokenizers.processors import ByteLevel, Sequence
+
+    tokenizer = words(eos_token="</s>")
+    tokenizer.backend_tokenizer.post_processor = Sequence([ByteLevel(trim_offsets=False)])
+    return tokenizer
+
+
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "words": lambda: words(eos_token="</s>"),
+    "template": _template_only,
+    "sequence": _byte_level,
+    "template in a sequence, as Llama 3": _llama3,
+    "Llama": lambda: bpe("LlamaTokenizer", add_bos_token=True),
+    "Llama without BOS": lambda: bpe("LlamaTokenizer"),
+    "Qwen2": lambda: bpe("Qwen2Tokenizer"),
+    "Gemma": lambda: bpe("GemmaTokenizer", add_bos_token=True),
+    "GPT2": lambda: bpe("GPT2Tokenizer"),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
 def test_eos_comes_after_what_the_tokenizer_adds_itself(kind: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = bpe(kind)
-    before = tokenizer("a word")["input_ids"]
+    tokenizer = TOKENIZERS[kind]()
+    eos = tokenizer.eos_token_id
+    before = [tokenizer(text)["input_ids"] for text in ("a word", "a word " * 9)]
+    assert (before[0][0] == 1) == ("Llama 3" in kind or kind in ("template", "Llama", "Gemma"))
     decoder.append_eos(tokenizer, "here")
-    assert tokenizer("a word")["input_ids"] == [*before, tokenizer.eos_token_id]
     decoder.append_eos(tokenizer, "here")  # once is enough
     tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert loaded("a word")["input_ids"] == [*before, tokenizer.eos_token_id]
-    assert loaded("a word " * 9, truncation=True, max_length=5)["input_ids"][-1] == tokenizer.eos_token_id
+    for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert one("a word")["input_ids"] == [*before[0], eos]
+        assert one("a word " * 9, truncation=True, max_length=5)["input_ids"] == [*before[1][:4], eos]
 
 
 def test_a_tokenizer_without_eos_is_refused() -> None:

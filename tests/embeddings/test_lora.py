@@ -62,6 +62,9 @@ def test_the_saved_adapter_is_one_for_peft_and_for_merging(adapted: Backbone, mi
     adapted.save(tmp_path / "saved")
     expected = embed(adapted)
     close(open_model(f"{minilm}+{tmp_path / 'saved' / 'adapter'}").transformer.encode(TEXTS), expected, 1e-5)
+    close(
+        embed(opened(Path(f"{minilm}+{tmp_path / 'saved' / 'adapter'}"))), expected, 1e-5
+    )  # where the next one begins
     by_peft: Any = SentenceTransformer(str(minilm), device="cpu")
     by_peft[0].model = PeftModel.from_pretrained(by_peft[0].model, tmp_path / "saved" / "adapter")
     close(by_peft.encode(TEXTS), expected, 1e-5)
