@@ -136,8 +136,10 @@ class Backbone:
             list(texts),
             prompt=prompt or None,
             task=side,
-            max_length=self.max_length[side],
-            processing_kwargs={"common": {"return_tensors": None}, "text": {"padding": False}},
+            processing_kwargs={
+                "common": {"return_tensors": None},
+                "text": {"padding": False, "max_length": self.max_length[side]},
+            },
         )
         rows: list[list[int]] = [list(row) for row in features["input_ids"]]
         if self._masks_prompt and (length := int(features.get("prompt_length") or 0)):

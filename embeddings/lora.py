@@ -33,7 +33,7 @@ def add_lora(model: Any, settings: LoraSettings, where: str, seed: int) -> None:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise CuveeError("LoRA needs peft", where=where, mend="pip install peft") from error
+        raise CuveeError("LoRA needs peft", where=where, mend="pip install 'cuvee[lora]'") from error
     from transformers.pytorch_utils import Conv1D
 
     every = isinstance(settings.targets, str)
