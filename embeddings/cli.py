@@ -11,11 +11,14 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from embeddings import training_cli
+
 
 def register(app: typer.Typer) -> None:
     """Adds this package's commands to the front door."""
     app.command()(evaluate)
     app.command()(quickstart)
+    training_cli.register(app)
 
 
 def evaluate(

@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from merging.execution import Progress
 
 _PATIENCE = 1.5  # seconds of work before a bar appears
+_LINE_EVERY = 10.0  # seconds, where there is no terminal for a bar
 
 
 @contextmanager
@@ -45,3 +47,83 @@ def _start(label: str) -> tuple[Any, Any]:
     bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
     bar.start()
     return bar, bar.add_task(label, total=None)
+
+
+class Work(Protocol):
+    """Called with what is being done, how much of it is done, and how much there is; 0: nobody knows."""
+
+    def __call__(self, what: str, done: int, total: int, /) -> None: ...
+
+
+@contextmanager
+def work_bars() -> Iterator[Work]:
+    """A function to tell of steps done, of several pieces of work one after another or side by side.
+
+    On a terminal each has a bar with rate and time left; elsewhere a line every ten seconds. Of each that took more than
+    a moment one line stays.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(file=sys.stderr)
+    rate = TextColumn("{task.fields[rate]}")
+    bar = Progress(
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn()),
+        console=console,
+        transient=True,
+    )
+    works: dict[str, _Piece] = {}
+    lock = threading.Lock()
+
+    def update(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        with lock:
+            piece = works.setdefault(what, _Piece(now, now))
+            finished = bool(total) and done >= total
+            if console.is_terminal and now - piece.began >= _PATIENCE and not finished:
+                if piece.task is None:
+                    bar.start()
+                    piece.task = bar.add_task(what, total=None, rate="")
+                bar.update(piece.task, completed=done, total=total or None, rate=piece.rate(done, now))
+            elif not console.is_terminal and not finished and now - piece.told >= _LINE_EVERY:
+                piece.told = now
+                _line(f"{what}: {done}/{total or '?'}{piece.left(done, total, now)}")
+            if finished:
+                del works[what]
+                if piece.task is not None:
+                    bar.remove_task(piece.task)
+                if now - piece.began >= _PATIENCE:
+                    spent = f"{now - piece.began:.1f} s, {piece.rate(done, now)}"
+                    line = f"{what}: {done}/{total} in {spent}"
+                    if console.is_terminal:
+                        bar.console.print(line, markup=False, highlight=False)
+                    else:
+                        _line(line)
+
+    try:
+        yield update
+    finally:
+        bar.stop()
+
+
+@dataclass
+class _Piece:
+    """A piece of work: when it began, when it was last told of, its bar."""
+
+    began: float
+    told: float
+    task: Any = None
+
+    def rate(self, done: int, now: float) -> str:
+        spent = now - self.began
+        return f"{done / spent:.1f}/s" if spent > 0 and done else ""
+
+    def left(self, done: int, total: int, now: float) -> str:
+        if not done or not total:
+            return ""
+        return f", {self.rate(done, now)}, {(now - self.began) / done * (total - done):.0f} s left"
+
+
+def _line(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

@@ -1,0 +1,106 @@
+"""Members trained side by side: processes of their own, each on its share of the cores, or on a GPU of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embeddings.training_config import TrainingConfig
+from merging.errors import CuveeError
+
+if TYPE_CHECKING:
+    from embeddings.bag import Options
+    from embeddings.train import Progress
+
+
+def train_side_by_side(
+    config: TrainingConfig, run: Path, names: Sequence[str], options: Options, progress: Progress
+) -> None:
+    """Trains the members named, so many at a time as there are workers.
+
+    Raises:
+        CuveeError: of the first member that fails; the others are stopped, and go on from their checkpoints next time.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers = min(options.workers, len(names))
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    waiting, running = list(names), dict[Connection, tuple[SpawnProcess, int]]()
+    free = list(range(workers))
+    try:
+        while waiting or running:
+            while waiting and free:
+                slot, name = free.pop(0), waiting.pop(0)
+                ours, theirs = context.Pipe(duplex=False)
+                settings = replace(options, workers=1, device=_device(options.device, slot))
+                process = context.Process(target=_work, args=(config, run, name, settings, threads, theirs))
+                process.start()
+                theirs.close()
+                running[ours] = process, slot
+            for ready in wait(list(running)):
+                assert isinstance(ready, Connection)
+                try:
+                    message = ready.recv()
+                except EOFError:
+                    process, slot = running.pop(ready)
+                    process.join()
+                    free.append(slot)
+                    if process.exitcode:
+                        raise CuveeError(f"a worker ended with status {process.exitcode}", where=str(run)) from None
+                    continue
+                if isinstance(message, CuveeError):
+                    raise message
+                progress(*message)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+            process.join()
+
+
+def _device(device: str, slot: int) -> str:
+    """A GPU for each worker."""
+    if device != "cuda":
+        return device
+    import torch
+
+    return f"cuda:{slot % max(1, torch.cuda.device_count())}"
+
+
+def _work(config: TrainingConfig, run: Path, name: str, options: Options, threads: int, report: Any) -> None:
+    from embeddings import bag
+    from embeddings.model import only_our_words, wait_passively
+
+    wait_passively()
+    import torch
+
+    torch.set_num_threads(threads)
+    told = [0.0]
+
+    def progress(what: str, done: int, total: int) -> None:
+        if done >= total or time.monotonic() - told[0] > 1:
+            told[0] = time.monotonic()
+            report.send((what, done, total))
+
+    def silent(*_: Any) -> None:
+        return None
+
+    try:
+        with only_our_words():
+            sets = bag.read_sets(config, run, options, silent, silent)
+            job = bag.jobs_by_name(config, sets, run)[name]
+            bag.train_member(config, sets, job, options, progress, run)
+    except CuveeError as error:
+        report.send(_sendable(error))
+    finally:
+        report.close()
+
+
+def _sendable(error: CuveeError) -> CuveeError:
+    """One that pickles: its arguments by name do not."""
+    return CuveeError(str(error))
