@@ -96,7 +96,7 @@ def update_model(
         content = {
             **bag.training_lineage(settings, out, sets, {_UPDATE: done}),
             "rows_in_all": seen,
-            "updates": past.model,
+            "updated_model": past.model,
         }
         bag.merge_models(
             [Path(past.model), job.out],
