@@ -18,7 +18,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,10 +36,11 @@ from embeddings.training_config import COMPLEMENT, TrainingConfig
 from embeddings.training_data import TrainingSet, load_sets, write_rows
 from merging import lineage
 from merging.errors import CuveeError
-from merging.output import staged
+from merging.output import alone, just_begun, staged
 
 if TYPE_CHECKING:
     from embeddings.backbone import Backbone
+    from merging.recipe import Recipe
 
 Rows = Mapping[str, NDArray[np.int64]]
 Note = Callable[[str], None]
@@ -97,12 +99,14 @@ def train_run(
     began = time.perf_counter()
     run, options = Path(run).absolute(), options or Options()
     progress, note = progress or (lambda what, done, total: None), note or (lambda line: None)
-    claim(run, "train", config, force=options.force)
-    with only_our_words():
+    check_claim(run, "train", config, force=options.force)
+    _refuse_recipe(config, run)
+    with at_work(run), only_our_words():
+        claim(run, "train", config, force=options.force)
         sets = read_sets(config, run, options, progress, note)
         members = draw_members(config, sets)
         trained = train_members(config, sets, members, run, options, progress)
-        keep_core(config, sets, run / CORE)
+        keep_core(config, sets, run / CORE, force=options.force)
         content = {
             **training_lineage(config, run, sets, trained),
             "members": {member.name: _told(member, trained[member.name]) for member in members},
@@ -111,23 +115,62 @@ def train_run(
             merge_members(config, members, run, content, progress)
         else:
             add_lineage(run / MODEL, content)
-    return finish(run, "train", config, options, began, trained, content)
+        return finish(run, "train", config, options, began, trained, content)
+
+
+@contextmanager
+def at_work(run: Path) -> Iterator[None]:
+    """Keeps other processes out of the run's folder, and tells what the disk refuses in one line.
+
+    Raises:
+        CuveeError: another process is at work in it, or it cannot be written.
+    """
+    with disk_errors(run), alone(run):
+        yield
+
+
+@contextmanager
+def disk_errors(run: Path) -> Iterator[None]:
+    """Turns what the libraries raise that write for us into CuveeError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        raise CuveeError(f"cannot write: {error.strerror or error}", where=str(error.filename or run)) from error
+    except SafetensorError as error:
+        raise CuveeError(f"cannot write: {error}", where=str(run)) from error
+    except Exception as error:
+        if type(error) is not Exception:  # which is what the tokenizers raise that cannot write
+            raise
+        raise CuveeError(f"cannot write: {error}", where=str(run)) from error
 
 
 def plan(
-    config: TrainingConfig, run: str | Path, *, options: Options | None = None, progress: Progress | None = None
+    config: TrainingConfig,
+    run: str | Path,
+    *,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    jobs: Callable[[Sequence[TrainingSet]], Mapping[str, Job]] | None = None,
 ) -> dict[str, Any]:
     """What `train_run` would do, after all of the data was read and checked; nothing is written.
+
+    Args:
+        jobs: of the data sets, if they are not the configuration's members.
 
     Raises:
         CuveeError: as `train_run`.
     """
     options, progress = options or Options(), progress or (lambda what, done, total: None)
+    if jobs is None:
+        check_claim(Path(run).absolute(), "train", config, force=options.force)
+        _refuse_recipe(config, Path(run).absolute())
     with tempfile.TemporaryDirectory() as scratch, only_our_words():
         sets = read_sets(config, Path(scratch), options, progress, lambda line: None)
         objectives(config, sets)
-        jobs = jobs_by_name(config, sets, Path(run).absolute())
-        schedules = {name: schedule_of(config, sets, job) for name, job in jobs.items()}
+        named = jobs(sets) if jobs else jobs_by_name(config, sets, Path(run).absolute())
+        schedules = {name: schedule_of(config, sets, job) for name, job in named.items()}
         return {
             "command": "train",
             "dry_run": True,
@@ -269,11 +312,16 @@ def jobs_by_name(config: TrainingConfig, sets: Sequence[TrainingSet], run: Path)
     return {member.name: _job(member, run, bool(config.bags)) for member in draw_members(config, sets)}
 
 
-def keep_core(config: TrainingConfig, sets: Sequence[TrainingSet], folder: Path) -> None:
+def keep_core(config: TrainingConfig, sets: Sequence[TrainingSet], folder: Path, *, force: bool = False) -> None:
     """Writes the core set: `config.core` percent of each data set, complete in themselves."""
-    if not config.core or (folder / "data.yml").is_file():
+    if not config.core or ((folder / "data.yml").is_file() and not force):
         return
-    rows = draw(sets, config.core, (config.seed, _CORE_DRAW))
+    write_core(sets, draw(sets, config.core, (config.seed, _CORE_DRAW)), folder)
+
+
+def write_core(sets: Sequence[TrainingSet], rows: Rows, folder: Path) -> None:
+    """Writes rows as tables, data.yml, which comes last, and rows.npz."""
+    (folder / "data.yml").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / ROWS, **rows)  # type: ignore[arg-type]
     write_rows(sets, rows, folder)
@@ -287,6 +335,7 @@ def training_lineage(
     return {
         "form": _FORM,
         "base": config.model.path,
+        "config": config.plain(),
         "config_text": config.text,
         "config_where": os.path.abspath(config.where),
         "core": {"folder": str(run / CORE), "percent": config.core} if config.core else None,
@@ -300,60 +349,69 @@ def merge_members(
     config: TrainingConfig, members: Sequence[Member], run: Path, content: Mapping[str, Any], progress: Progress
 ) -> None:
     """Merges the members into `run`/model, weighted by their size or equally."""
-    weights = [member.percent if config.merge_weights == "size" else 1.0 for member in members]
+    recipe = _members_recipe(config, members, run)
+    if recipe.base_model is not None and recipe.base_model.path == str(run / BASE):
+        _write_base(config, run / BASE)
     merge_models(
-        [run / MEMBERS / member.name for member in members],
-        weights,
-        run,
-        config=config,
-        method=config.merge.method,
-        parameters=config.merge.parameters,
-        where=config.merge.where or config.where,
-        content=content,
-        progress=progress,
+        recipe, [told_by(run / MEMBERS / member.name) for member in members], run, config.seed, content, progress
     )
+
+
+def told_by(model: Path) -> str:
+    """A digest of what we trained: of its cuvee.json, whose numbers no second training has."""
+    return lineage.file_digest(model / lineage.FILE)
+
+
+def _members_recipe(config: TrainingConfig, members: Sequence[Member], run: Path) -> Recipe:
+    from merging import methods
+    from merging.recipe import Recipe
+
+    entry = methods.known().get(config.merge.method)  # None: mergekit's
+    mean = sum(member.percent for member in members) / len(members)
+    weights = [member.percent / mean if config.merge_weights == "size" else 1.0 for member in members]
+    takes_weight = entry is not None and "weight" in entry.parameters
+    return Recipe(
+        merge_method=config.merge.method,
+        models=[
+            {"model": str(run / MEMBERS / member.name)} | ({"parameters": {"weight": weight}} if takes_weight else {})
+            for member, weight in zip(members, weights, strict=True)
+        ],
+        base_model=_base_folder(config, run) if entry is None or entry.base == "required" else None,
+        parameters=dict(config.merge.parameters) or None,
+        dtype="float32",
+        where=config.merge.where or config.where,
+    )
+
+
+def _refuse_recipe(config: TrainingConfig, run: Path) -> None:
+    """Raises CuveeError for a merge that cannot be: before the members are trained, and not after."""
+    from merging import methods
+
+    entry = methods.known().get(config.merge.method)
+    if config.bags and entry is not None:
+        _members_recipe(config, draw_members(config, ()), run).check(entry)
 
 
 def merge_models(
-    models: Sequence[Path],
-    weights: Sequence[float],
-    run: Path,
-    config: TrainingConfig,
-    method: str,
-    parameters: Mapping[str, Any],
-    where: str,
-    content: Mapping[str, Any],
-    progress: Progress,
+    recipe: Recipe, inputs: Sequence[str], run: Path, seed: int, content: Mapping[str, Any], progress: Progress
 ) -> None:
-    """Merges models into `run`/model with more in its lineage, unless that was done already."""
-    from merging.engine import merge
-    from merging.methods import registry
-    from merging.recipe import Recipe
+    """Merges models into `run`/model with more in its lineage, unless that was done already.
 
-    entry = registry.get(method)
-    takes_weight = "weight" in entry.parameters
-    listed = [
-        {"model": str(model), **({"parameters": {"weight": float(weight)}} if takes_weight else {})}
-        for model, weight in zip(models, weights, strict=True)
-    ]
-    recipe = Recipe(
-        merge_method=method,
-        models=listed,
-        base_model=_base_folder(config, run) if entry.base == "required" else None,
-        parameters=parameters or None,
-        dtype="float32",
-        where=where,
-    )
-    out = run / MODEL
-    inputs = [lineage.read(model).get("made_by") or lineage.read(model).get("output") for model in models]
-    made_by = json.loads(json.dumps({"recipe": recipe.text, "inputs": inputs}, default=dict))
-    if out.exists() and lineage.read(out).get("merged_by") == made_by:
+    Args:
+        inputs: a digest of each model.
+    """
+    from merging.engine import merge
+
+    out, scratch, old = run / MODEL, run / WORK / "merged", run / WORK / "replaced"
+    made_by = {"recipe": recipe.text, "inputs": list(inputs)}
+    if out.exists() and lineage.read(out).get("trained", {}).get("merged_by") == made_by:
         return
     progress("merge", 0, 1)
-    scratch = run / WORK / "merged"
-    merge(recipe, scratch, seed=config.seed, force=scratch.exists())
+    merge(recipe, scratch, seed=seed, force=scratch.exists())
     add_lineage(scratch, {**content, "merged_by": made_by})
-    shutil.rmtree(out, ignore_errors=True)
+    if out.exists():  # a folder that is removed file by file would be half a model to whoever comes in between
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
     scratch.rename(out)
     progress("merge", 1, 1)
 
@@ -361,13 +419,14 @@ def merge_models(
 def _base_folder(config: TrainingConfig, run: Path) -> str:
     """The base as a sentence-transformers folder: a merge takes its tokenizer and modules from there."""
     path = config.model.path
-    if os.path.isfile(os.path.join(path, "modules.json")):
-        return path
-    if not (run / BASE).exists():
-        with staged(run / BASE) as staging:
+    return path if os.path.isfile(os.path.join(path, "modules.json")) else str(run / BASE)
+
+
+def _write_base(config: TrainingConfig, folder: Path) -> None:
+    if not folder.exists():
+        with staged(folder) as staging:
             open_backbone(config, "cpu", 0).save(staging)
-            lineage.write(staging, {"command": "train", "base": path})
-    return str(run / BASE)
+            lineage.write(staging, {"command": "train", "base": config.model.path})
 
 
 def add_lineage(folder: Path, content: Mapping[str, Any]) -> None:
@@ -377,10 +436,10 @@ def add_lineage(folder: Path, content: Mapping[str, Any]) -> None:
     write_whole(folder / lineage.FILE, lineage.text(merged))
 
 
-def claim(
+def check_claim(
     run: Path, command: str, config: TrainingConfig, *, force: bool, more: Mapping[str, Any] | None = None
-) -> None:
-    """Makes the run's folder, or finds that it is one of the same configuration.
+) -> bool:
+    """Whether the folder is a run of the same configuration; False: it is empty, missing, or `force` says it may go.
 
     Args:
         more: what else makes a run the same.
@@ -388,24 +447,39 @@ def claim(
     Raises:
         CuveeError: it is something else.
     """
-    identity = json.loads(json.dumps({"config": config.plain(), **(more or {})}, default=dict))
-    if (run / lineage.FILE).is_file():
-        past = lineage.read(run)
-        if past.get("command") != command:
-            raise CuveeError(
-                f"is an output of `cuvee {past.get('command')}`", where=str(run), mend="choose another folder"
-            )
-        same = all(past.get(key) == value for key, value in identity.items())
-        if not same and not force:
-            mend = "choose another folder, or add --force to train anew"
-            raise CuveeError("holds a run of another configuration", where=str(run), mend=mend)
-        if not same:
-            for part in (MEMBERS, MODEL, CORE, WORK):
-                shutil.rmtree(run / part, ignore_errors=True)
-    elif run.is_dir() and any(run.iterdir()):
+    try:
+        if not run.is_dir() or just_begun(run) or not any(run.iterdir()):
+            return False
+    except OSError as error:
+        raise CuveeError(f"cannot be looked into: {error.strerror}", where=str(run)) from None
+    if not (run / lineage.FILE).is_file():
         raise CuveeError("is not empty and none of our outputs", where=str(run), mend="choose another folder")
+    past = lineage.read(run)
+    if past.get("command") != command:
+        raise CuveeError(f"is an output of `cuvee {past.get('command')}`", where=str(run), mend="choose another folder")
+    same = all(past.get(key) == value for key, value in _identity(config, more).items())
+    if not same and not force:
+        mend = "choose another folder, or add --force to train anew"
+        raise CuveeError("holds a run of another configuration", where=str(run), mend=mend)
+    return same
+
+
+def claim(
+    run: Path, command: str, config: TrainingConfig, *, force: bool, more: Mapping[str, Any] | None = None
+) -> None:
+    """As `check_claim`; and the folder is of this configuration from now on, without what was made by another."""
+    if check_claim(run, command, config, force=force, more=more):
+        return
+    for part in (MEMBERS, MODEL, BASE, CORE, WORK):
+        shutil.rmtree(run / part, ignore_errors=True)
+    begun = {"command": command, "state": "begun", **_identity(config, more)}
+    write_whole(run / lineage.FILE, lineage.text(begun))  # first: what holds it is ours, wherever we are killed
     write_whole(run / "config.yml", config.text)
-    write_whole(run / lineage.FILE, lineage.text({"command": command, "state": "begun", **identity}))
+
+
+def _identity(config: TrainingConfig, more: Mapping[str, Any] | None) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps({"config": config.plain(), **(more or {})}, default=dict))
+    return found
 
 
 def finish(

@@ -176,6 +176,13 @@ def _maybe_answers(
             found |= answers[group]
     if of.query_tokens is of.document_tokens:
         found |= queries[:, None] == candidates
+        return found
+    # Each side has its own prompt or length, so that equal texts have two numbers.
+    own, other = (
+        np.array([table.text(i) for i in ids], object)
+        for table, ids in ((of.query_tokens, queries), (of.document_tokens, candidates))
+    )
+    found |= own[:, None] == other
     return found
 
 

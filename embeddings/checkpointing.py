@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from merging.checkpoint import read_json
 from merging.errors import CuveeError
-from merging.output import staged
+from merging.output import put_back, staged
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,7 @@ def load(folder: Path, backbone: Backbone, optimizer: torch.optim.Optimizer) -> 
     """
     from safetensors.torch import load_file
 
+    put_back(folder)
     if not (folder / _STATE).is_file():
         return None
     try:
@@ -53,7 +54,7 @@ def load(folder: Path, backbone: Backbone, optimizer: torch.optim.Optimizer) -> 
         own = {key.rpartition("/")[2]: tensor for key, tensor in moments.items() if key.rpartition("/")[0] == name}
         if own:
             optimizer.state[parameter] = {
-                key: tensor if key == "step" else tensor.to(parameter.device) for key, tensor in own.items()
+                key: tensor.to(parameter.device) for key, tensor in own.items()
             }
     return read_json(folder / _STATE)
 

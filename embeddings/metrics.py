@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from embeddings.result import write_whole
 from merging.errors import CuveeError
 
 Sink = Callable[[Mapping[str, Any]], None]
@@ -27,7 +28,7 @@ class Metrics:
         self._file, self._sinks = file, sinks
         file.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read(file) if line.get("step", 0) <= from_step] if from_step else []
-        file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_whole(file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, line: Mapping[str, Any]) -> None:
         with open(self._file, "a", encoding="utf-8") as stream:

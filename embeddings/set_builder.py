@@ -165,7 +165,8 @@ class SetBuilder:
         if self.settings.type in ("Classification", "Clustering"):
             columns.labels.append(np.array([self._label(row.label) for row in chunk], np.int32))
         for row in chunk:
-            self.digest.update(repr((row.query, row.positives, row.negatives, row.label, row.score)).encode())
+            known = (row.query, row.positives, row.negatives, row.label, row.score, row.teacher)
+            self.digest.update(repr(known).encode())
 
     def _single_texts(self, chunk: Sequence[Example]) -> bool:
         """Whether the rows are texts whose partners are drawn."""

@@ -42,7 +42,8 @@ Progress = Callable[[str, int, int], None]
 Evaluate = Callable[["Backbone"], Mapping[str, float]]
 
 METRICS, ROWS = "metrics.jsonl", "rows.npz"
-_LOG_EVERY = 10  # steps
+#: Steps between two lines of the metrics.
+LOG_EVERY = 10
 _LAST = 50  # steps whose mean loss is the run's
 _PACKAGES = ("torch", "transformers", "sentence-transformers", "numpy")
 #: Settings that change nothing about one model's training.
@@ -167,7 +168,7 @@ class _Session:
         compute = step.loss_and_gradient
         if config.schedule == "mgs":
             compute = partial(step.surgical_loss_and_gradient, tasks=self.plan.corpus.tasks)
-        earlier, began, window = state["seconds"], time.perf_counter(), _Window()
+        earlier, began, window = state["seconds"], time.perf_counter(), _Window(state.get("window"))
         rows = state["rows"]
         self.backbone.transformer.train()
         for number in range(state["step"], total):
@@ -176,20 +177,20 @@ class _Session:
             seed = (self.job.seed * 1_000_003 + number) % (1 << 40)
             self.optimizer.zero_grad(set_to_none=True)
             loss, parts = compute(self.backbone, batch, self.objectives, seed=seed, cache_tokens=config.gradient_cache)
-            norm = self._update(number)
-            rows += batch.rows
             names = [self.sets[part.dataset].name for part in batch.parts]
+            norm = self._update(number)
+            self._refuse_not_finite(float(loss), norm, names, number)
+            rows += batch.rows
             window.add(float(loss), parts, names, batch.rows)
-            self._refuse_not_finite(float(loss), names, number)
             done, seconds = number + 1, earlier + time.perf_counter() - began
-            if done % _LOG_EVERY == 0 or done == total:
+            if done % LOG_EVERY == 0 or done == total:
                 self.metrics.write(
                     {"step": done, **window.line(), "grad_norm": norm, "learning_rate": self._rate(number)}
                 )
                 window = _Window()
             self._evaluate(done)
             if config.save_every and done % config.save_every == 0 and done < total:
-                state |= {"step": done, "rows": rows, "seconds": seconds}
+                state |= {"step": done, "rows": rows, "seconds": seconds, "window": window.state()}
                 checkpointing.save(self.job.work / "checkpoint", self.backbone, self.optimizer, state)
         self.progress(f"train {self.job.name}", total, total)
         self.backbone.transformer.eval()
@@ -222,22 +223,32 @@ class _Session:
         self.metrics.write({"step": done, "scores": dict(self.evaluate(self.backbone))})
         self.backbone.transformer.train()
 
-    def _refuse_not_finite(self, loss: float, names: Sequence[str], number: int) -> None:
-        if not np.isfinite(loss):
+    def _refuse_not_finite(self, loss: float, norm: float, names: Sequence[str], number: int) -> None:
+        if not (np.isfinite(loss) and np.isfinite(norm)):
+            what = "gradient" if np.isfinite(loss) else "loss"
             raise CuveeError(
-                f"the loss is not finite at step {number + 1}, on {', '.join(names)}",
+                f"the {what} is not finite at step {number + 1}, on {', '.join(names)}",
                 where=self.config.at("learning_rate"),
                 mend="lower the learning rate, or look at the data",
             )
 
 
 class _Window:
-    """Steps since the last line of the metrics."""
+    """Steps since the last line of the metrics.
 
-    def __init__(self) -> None:
+    Args:
+        state: of those before the checkpoint that is gone on from.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         self._began, self._rows = time.perf_counter(), 0
-        self._losses: list[float] = []
-        self._by_set: dict[str, list[float]] = {}
+        self._losses: list[float] = list(state["losses"]) if state else []
+        self._by_set: dict[str, list[float]] = (
+            {name: list(own) for name, own in state["by_set"].items()} if state else {}
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {"losses": self._losses, "by_set": self._by_set}
 
     def add(self, loss: float, parts: Sequence[float], names: Sequence[str], rows: int) -> None:
         self._losses.append(loss)
@@ -302,6 +313,7 @@ def _made_by(config: TrainingConfig, sets: Sequence[TrainingSet], job: Job) -> d
             "type": each.type,
             "weight": each.settings.weight,
             "batch_size": each.settings.batch_size,
+            "prompt": None if each.settings.prompt is None else dict(each.settings.prompt),
             "loss": None if each.settings.loss is None else vars(replace(each.settings.loss, where="")),
             "rows": len(job.rows[each.name]),
         }
@@ -328,7 +340,7 @@ def _known(out: Path, made_by: Mapping[str, Any]) -> Trained:
 
 def _last_loss(metrics: Path) -> float:
     lines = [line for line in read(metrics) if "loss" in line]
-    last = [line["loss"] for line in lines[-_LAST // _LOG_EVERY :]]
+    last = [line["loss"] for line in lines[-_LAST // LOG_EVERY :]]
     return round(float(np.mean(last)), 6) if last else float("nan")
 
 

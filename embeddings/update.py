@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embeddings import bag, training_config
 from embeddings.model import only_our_words
 from embeddings.train import Job, Progress
 from embeddings.training_config import DataSettings, TrainingConfig
-from embeddings.training_data import TrainingSet, write_rows
+from embeddings.training_data import TrainingSet
 from merging import lineage
 from merging.errors import CuveeError
+from merging.recipe import Recipe
 from merging.sources import ModelRef
 
 _UPDATE, _UPDATE_DRAW = "update", 3
@@ -81,36 +83,44 @@ def update_model(
     progress, note = progress or (lambda what, done, total: None), note or (lambda line: None)
     past = read_past(model, base, core, config)
     settings = _settings(past, training_config.data_settings(data), seed)
+    updates = _identity(past.model)
+    bag.check_claim(out, "update", settings, force=options.force, more={"updates": updates})
     if dry_run:
-        return {**bag.plan(settings, out, options=options, progress=progress), "command": "update"}
-    bag.claim(out, "update", settings, force=options.force, more={"updates": _identity(past.model)})
+        planned = bag.plan(
+            settings,
+            out,
+            options=options,
+            progress=progress,
+            jobs=lambda sets: {_UPDATE: _job(sets, settings, out, past)},
+        )
+        return {**planned, "command": "update"}
     if past.core is None:
         note("no core set is known: what the model learned before is kept by the merge alone")
-    with only_our_words():
+    with bag.at_work(out), only_our_words():
+        bag.claim(out, "update", settings, force=options.force, more={"updates": updates})
         sets = bag.read_sets(settings, out, options, progress, note)
-        job = _job(sets, settings, out)
+        job = _job(sets, settings, out, past)
         done = bag.train_member(settings, sets, job, options, progress, out)
         new = [each for each in sets if each.name not in _names_of(past.core)]
-        _keep_core(settings, sets, new, past, out / bag.CORE)
+        if past.percent and (options.force or not (out / bag.CORE / "data.yml").is_file()):
+            bag.write_core(sets, _core_rows(settings, sets, new, past), out / bag.CORE)
         seen = None if past.rows is None else past.rows + sum(map(len, new))
         content = {
-            **bag.training_lineage(settings, out, sets, {_UPDATE: done}),
+            **bag.training_lineage(_for_all(settings, past, seen), out, sets, {_UPDATE: done}),
             "rows_in_all": seen,
             "updated_model": past.model,
         }
-        bag.merge_models(
-            [Path(past.model), job.out],
-            [1.0, 1.0],
-            out,
-            config=settings,
-            method=_MERGE,
-            parameters={},
+        recipe = Recipe(
+            merge_method=_MERGE,
+            models=[{"model": str(path), "parameters": {"weight": 1.0}} for path in (past.model, job.out)],
+            dtype="float32",
             where=str(model),
-            content=content,
-            progress=progress,
         )
-    full = None if seen is None else round(seen * (settings.epochs or 1))
-    return bag.finish(out, "update", settings, options, began, {_UPDATE: done}, content, {"cost_full_retraining": full})
+        bag.merge_models(recipe, [updates, bag.told_by(job.out)], out, settings.seed, content, progress)
+        passes = settings.epochs or done.rows / sum(map(len, sets))
+        full = None if seen is None else round(seen * passes)
+        more = {"cost_full_retraining": full}
+        return bag.finish(out, "update", settings, options, began, {_UPDATE: done}, content, more)
 
 
 def read_past(
@@ -129,18 +139,51 @@ def read_past(
     if config is not None:
         settings = training_config.load(config)
     elif trained:
-        settings = training_config.parse(str(trained["config_text"]), str(trained["config_where"]))
+        settings = _settings_of(trained, str(folder))
     else:
-        settings = TrainingConfig(model=training_config.ModelSettings(str(base)), data=())
+        settings = TrainingConfig(model=training_config.ModelSettings(str(base)), data=(), where=str(model))
     if base is not None:
         settings = replace(settings, model=replace(settings.model, path=_absolute(base)))
     kept = trained.get("core") or {}
-    where = Path(core) if core is not None else Path(kept["folder"]) / "data.yml" if kept else None
+    where = Path(core) if core is not None else _core_of(folder, Path(kept["folder"])) if kept else None
     if where is not None and not where.is_file():
         mend = "give it by --core, or train anew"
         raise CuveeError("the core set is gone", where=str(where), mend=mend)
     rows = trained.get("rows_in_all")
     return Past(str(folder), settings, where, rows, float(kept.get("percent", settings.core)))
+
+
+def _settings_of(trained: Mapping[str, Any], where: str) -> TrainingConfig:
+    """The settings of a lineage; without its data, which may be gone by now.
+
+    Raises:
+        CuveeError: they cannot be read.
+    """
+    try:
+        plain = dict(trained["config"])
+        model = dict(plain["model"])
+        if (adapters := model["lora"]) is not None:
+            targets = adapters["targets"]
+            fixed = targets if isinstance(targets, str) else tuple(targets)
+            model["lora"] = training_config.LoraSettings(**{**adapters, "targets": fixed})
+        plain |= {
+            "model": training_config.ModelSettings(**model),
+            "data": (),
+            "loss": training_config.LossSettings(**plain["loss"]),
+            "merge": training_config.MergeSettings(**plain["merge"]),
+            "bags": (),
+            "evaluate": None,
+        }
+        return TrainingConfig(**plain, where=where, text=str(trained["config_text"]))
+    except (KeyError, TypeError, ValueError) as error:
+        mend = "give --base and --config"
+        raise CuveeError(f"its lineage holds no settings to train with: {error}", where=where, mend=mend) from None
+
+
+def _core_of(model: Path, folder: Path) -> Path:
+    """The core set that a lineage names, or the one that was moved together with the model."""
+    moved = model.parent / bag.CORE / "data.yml"
+    return moved if moved.is_file() and not (folder / "data.yml").is_file() else folder / "data.yml"
 
 
 def _model_folder(model: Path) -> Path:
@@ -172,15 +215,15 @@ def _identity(model: str) -> str:
 def _settings(past: Past, new: Sequence[DataSettings], seed: int | None) -> TrainingConfig:
     """The model's own settings on new data and core set, in one model; names that clash get a number."""
     old = training_config.data_settings(past.core) if past.core is not None else ()
-    taken = {each.name for each in old}
+    taken = {each.name.lower() for each in old}  # files on some disks know no case
     renamed = []
     for each in new:
         name, number = each.name, 2
-        while name in taken:
+        while name.lower() in taken:
             name, number = f"{each.name}-{number}", number + 1
-        taken.add(name)
+        taken.add(name.lower())
         renamed.append(replace(each, name=name))
-    config = replace(past.config, data=(*old, *renamed), bags=(), evaluate=None)
+    config = replace(past.config, data=(*old, *renamed), bags=(), evaluate=None, core=past.percent)
     return config if seed is None else replace(config, seed=seed)
 
 
@@ -188,17 +231,23 @@ def _names_of(core: Path | None) -> set[str]:
     return {each.name for each in training_config.data_settings(core)} if core is not None else set()
 
 
-def _job(sets: Sequence[TrainingSet], config: TrainingConfig, out: Path) -> Job:
+def _job(sets: Sequence[TrainingSet], config: TrainingConfig, out: Path, past: Past) -> Job:
+    """The training on all rows; if the configuration counts steps, on its share of them."""
     rows = {each.name: np.arange(len(each), dtype=np.int64) for each in sets}
-    return Job(_UPDATE, rows, 1.0, config.seed, out / bag.WORK / _UPDATE, out / bag.MEMBERS / _UPDATE)
+    share = sum(map(len, sets)) / past.rows if past.rows else 1.0
+    return Job(_UPDATE, rows, share, config.seed, out / bag.WORK / _UPDATE, out / bag.MEMBERS / _UPDATE)
 
 
-def _keep_core(
-    config: TrainingConfig, sets: Sequence[TrainingSet], new: Sequence[TrainingSet], past: Past, folder: Path
-) -> None:
-    """The old core set and the same share of the new data."""
-    if (folder / "data.yml").is_file() or not past.percent:
-        return
-    rows: dict[str, Any] = {each.name: np.arange(len(each)) for each in sets}
-    rows |= bag.draw(new, past.percent, (config.seed, _UPDATE_DRAW))
-    write_rows(sets, rows, folder)
+def _for_all(config: TrainingConfig, past: Past, seen: int | None) -> TrainingConfig:
+    """The settings as if it had been trained on all rows at once: with as many steps more as there are rows more."""
+    if config.steps is None or not past.rows or not seen:
+        return config
+    return replace(config, steps=max(1, round(config.steps * seen / past.rows)))
+
+
+def _core_rows(
+    config: TrainingConfig, sets: Sequence[TrainingSet], new: Sequence[TrainingSet], past: Past
+) -> dict[str, NDArray[np.int64]]:
+    """The old core set, and the same share of the new data."""
+    rows = {each.name: np.arange(len(each), dtype=np.int64) for each in sets}
+    return rows | bag.draw(new, past.percent, (config.seed, _UPDATE_DRAW))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,7 +32,7 @@ def train_side_by_side(
     """
     context = multiprocessing.get_context("spawn")
     workers = min(options.workers, len(names))
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    threads = _threads(workers)
     waiting, running = list(names), dict[Connection, tuple[SpawnProcess, int]]()
     free = list(range(workers))
     try:
@@ -39,7 +41,7 @@ def train_side_by_side(
                 slot, name = free.pop(0), waiting.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
                 settings = replace(options, workers=1, device=_device(options.device, slot))
-                process = context.Process(target=_work, args=(config, run, name, settings, threads, theirs))
+                process = context.Process(target=_work, name=name, args=(config, run, name, settings, threads, theirs))
                 process.start()
                 theirs.close()
                 running[ours] = process, slot
@@ -52,7 +54,9 @@ def train_side_by_side(
                     process.join()
                     free.append(slot)
                     if process.exitcode:
-                        raise CuveeError(f"a worker ended with status {process.exitcode}", where=str(run)) from None
+                        mend = "train it again: it goes on from its checkpoint"
+                        what = f"the worker ended with status {process.exitcode}"
+                        raise CuveeError(what, where=process.name, mend=mend) from None
                     continue
                 if isinstance(message, CuveeError):
                     raise message
@@ -72,10 +76,31 @@ def _device(device: str, slot: int) -> str:
     return f"cuda:{slot % max(1, torch.cuda.device_count())}"
 
 
+def _threads(workers: int) -> int:
+    """Of each worker: its share of the cores, and no more than the user allows one process."""
+    import torch
+
+    return max(1, min(int(torch.get_num_threads()), len(os.sched_getaffinity(0)) // workers))
+
+
+def _die_with_parent() -> None:
+    """A worker that goes on after its run was killed would get in the way of the next."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _work(config: TrainingConfig, run: Path, name: str, options: Options, threads: int, report: Any) -> None:
     from embeddings import bag
     from embeddings.model import only_our_words, wait_passively
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run that is interrupted ends its workers
+    _die_with_parent()
     wait_passively()
     import torch
 
@@ -91,16 +116,11 @@ def _work(config: TrainingConfig, run: Path, name: str, options: Options, thread
         return None
 
     try:
-        with only_our_words():
+        with bag.disk_errors(run), only_our_words():
             sets = bag.read_sets(config, run, options, silent, silent)
             job = bag.jobs_by_name(config, sets, run)[name]
             bag.train_member(config, sets, job, options, progress, run)
     except CuveeError as error:
-        report.send(_sendable(error))
+        report.send(error)
     finally:
         report.close()
-
-
-def _sendable(error: CuveeError) -> CuveeError:
-    """One that pickles: its arguments by name do not."""
-    return CuveeError(str(error))

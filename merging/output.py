@@ -17,6 +17,7 @@ from merging.errors import CuveeError
 # come and the last to go, so that whoever finds the folder can tell a run at work from one that was killed.
 _LOCK, _NEW, _OLD = "lock", "new", "old"
 _AT_WORK = ".lock"  # in a folder that is filled step by step; it stays
+_UNFINISHED = ".cuvee.json."  # a first lineage that was not yet in place
 
 
 @contextmanager
@@ -111,8 +112,15 @@ def alone(out: Path) -> Iterator[None]:
 def just_begun(out: Path) -> bool:
     """Whether a folder holds no more than a run leaves that was killed in its first moment."""
     with suppress(OSError):
-        return not out.is_symlink() and {file.name for file in out.iterdir()} <= {_AT_WORK}
+        names = {file.name for file in out.iterdir()}
+        return not out.is_symlink() and all(name == _AT_WORK or name.startswith(_UNFINISHED) for name in names)
     return False
+
+
+def put_back(out: Path) -> None:
+    """Undoes what a run began that was killed while it replaced `out`: an earlier output is in its place again."""
+    with suppress(OSError):
+        _remove_abandoned(Path(os.path.abspath(out)))
 
 
 def _begin(out: Path) -> tuple[Path, int]:

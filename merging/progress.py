@@ -78,12 +78,12 @@ def work_bars() -> Iterator[Work]:
     def update(what: str, done: int, total: int) -> None:
         now = time.monotonic()
         with lock:
-            piece = works.setdefault(what, _Piece(now, now))
+            piece = works.setdefault(what, _Piece(now, now, done))
             finished = bool(total) and done >= total
             if console.is_terminal and now - piece.began >= _PATIENCE and not finished:
                 if piece.task is None:
                     bar.start()
-                    piece.task = bar.add_task(what, total=None, rate="")
+                    piece.task = bar.add_task(what, total=None, completed=done, rate="")
                 bar.update(piece.task, completed=done, total=total or None, rate=piece.rate(done, now))
             elif not console.is_terminal and not finished and now - piece.told >= _LINE_EVERY:
                 piece.told = now
@@ -103,25 +103,28 @@ def work_bars() -> Iterator[Work]:
     try:
         yield update
     finally:
-        bar.stop()
+        if bar.live.is_started:  # what never began ends with an empty line where there is no terminal
+            bar.stop()
 
 
 @dataclass
 class _Piece:
-    """A piece of work: when it began, when it was last told of, its bar."""
+    """A piece of work: when it began, when it was last told of, how much was done before it was first told of, its bar."""
 
     began: float
     told: float
+    before: int = 0
     task: Any = None
 
     def rate(self, done: int, now: float) -> str:
-        spent = now - self.began
-        return f"{done / spent:.1f}/s" if spent > 0 and done else ""
+        spent, new = now - self.began, done - self.before
+        return f"{new / spent:.1f}/s" if spent > 0 and new > 0 else ""
 
     def left(self, done: int, total: int, now: float) -> str:
-        if not done or not total:
+        new = done - self.before
+        if new <= 0 or not total:
             return ""
-        return f", {self.rate(done, now)}, {(now - self.began) / done * (total - done):.0f} s left"
+        return f", {self.rate(done, now)}, {(now - self.began) / new * (total - done):.0f} s left"
 
 
 def _line(text: str) -> None:
