@@ -138,11 +138,64 @@ def kendall(columns: Mapping[str, NDArray[Any]], weights: Array) -> Array:
     return np.asarray(total / predicted.shape[1])
 
 
+def r2(columns: Mapping[str, NDArray[Any]], weights: Array) -> Array:
+    """Coefficient of determination of "gold" by each column of "predicted" (examples, repetitions), the mean over them."""
+    gold, predicted = columns["gold"].astype(float), columns["predicted"].reshape(len(columns["gold"]), -1)
+    centre = (weights @ gold) / weights.sum(axis=1)  # (resamples,)
+    spread = (weights * (gold - centre[:, None]) ** 2).sum(axis=1)
+    left = weights @ ((predicted - gold[:, None]) ** 2)  # (resamples, repetitions)
+    return np.asarray((1 - _ratio(left, np.broadcast_to(spread[:, None], left.shape), nothing=1)).mean(axis=1))
+
+
 def average_precision(columns: Mapping[str, NDArray[Any]], weights: Array) -> Array:
     """Average precision of the 0/1 column "gold" by the greatest of the rankings in "predicted" (examples, rankings)."""
     predicted = columns["predicted"].reshape(len(columns["gold"]), -1)
     rankings = [_average_precision(columns["gold"], column, weights) for column in predicted.T]
     return np.asarray(np.max(rankings, axis=0))
+
+
+def mean_average_precision(columns: Mapping[str, NDArray[Any]], weights: Array) -> Array:
+    """The same of each column of "predicted" (examples, repetitions), the mean over them."""
+    predicted = columns["predicted"].reshape(len(columns["gold"]), -1)
+    return np.asarray(np.mean([_average_precision(columns["gold"], each, weights) for each in predicted.T], axis=0))
+
+
+def of_classes(score: Callable[[Array, Array, Array], Array], *, weighted: bool) -> Statistic:
+    """A statistic of classes, averaged over those that a resample has, then over repetitions, as scikit-learn does.
+
+    Columns: "gold" (examples,) and "predicted" (examples, repetitions), classes as whole numbers from 0.
+
+    Args:
+        score: from how often each class is rightly guessed, how often it is there, and how often it is guessed, each
+            (resamples, classes), to its score.
+        weighted: classes count as often as they are there; else each counts once.
+    """
+
+    def statistic(columns: Mapping[str, NDArray[Any]], weights: Array) -> Array:
+        gold, predicted = columns["gold"], columns["predicted"].reshape(len(columns["gold"]), -1)
+        classes = int(max(gold.max(), predicted.max())) + 1
+        support = _by_class(weights, gold, classes)
+        total = np.zeros(len(weights))
+        for guess in predicted.T:
+            guessed, right = _by_class(weights, guess, classes), guess == gold
+            scores = score(_by_class(weights[:, right], gold[right], classes), support, guessed)
+            count = support if weighted else (support + guessed > 0).astype(float)
+            total += _ratio((scores * count).sum(axis=1), count.sum(axis=1))
+        return np.asarray(total / predicted.shape[1])
+
+    return statistic
+
+
+def f1_of_labels(columns: Mapping[str, NDArray[Any]], weights: Array) -> Array:
+    """Macro-F1 of labels of which an example may have several, the mean over repetitions.
+
+    Columns: "gold" (examples, labels) and "predicted" (examples, repetitions * labels), 0 or 1.
+    """
+    gold = columns["gold"].astype(float)
+    predicted = columns["predicted"].reshape(len(gold), -1, gold.shape[1]).astype(float)
+    support = weights @ gold  # (resamples, labels)
+    each = [_f1(weights @ (gold * guess), support, weights @ guess) for guess in predicted.swapaxes(0, 1)]
+    return np.asarray(np.mean(each, axis=(0, 2)))
 
 
 def v_measure(columns: Mapping[str, NDArray[Any]], weights: Array) -> Array:
@@ -165,13 +218,34 @@ def v_measure(columns: Mapping[str, NDArray[Any]], weights: Array) -> Array:
     return np.asarray(total / clusters.shape[1])
 
 
+def _f1(right: Array, support: Array, guessed: Array) -> Array:
+    return _ratio(2 * right, support + guessed)
+
+
+def _precision(right: Array, support: Array, guessed: Array) -> Array:
+    return _ratio(right, guessed)
+
+
+def _recall(right: Array, support: Array, guessed: Array) -> Array:
+    return _ratio(right, support)
+
+
 STATISTICS: dict[str, Statistic] = {
     "mean": mean,
     "pearson": pearson,
     "spearman": spearman,
     "kendall": kendall,
     "average_precision": average_precision,
+    "mean_average_precision": mean_average_precision,
     "v_measure": v_measure,
+    "r2": r2,
+    "f1": of_classes(_f1, weighted=False),
+    "f1_weighted": of_classes(_f1, weighted=True),
+    "precision": of_classes(_precision, weighted=False),
+    "precision_weighted": of_classes(_precision, weighted=True),
+    "recall": of_classes(_recall, weighted=False),
+    "recall_weighted": of_classes(_recall, weighted=True),
+    "f1_of_labels": f1_of_labels,
 }
 
 
@@ -215,6 +289,16 @@ def _average_precision(gold: NDArray[Any], predicted: NDArray[Any], weights: Arr
     seen = np.cumsum(np.add.reduceat(drawn, starts, axis=1), axis=1)
     area = (np.diff(found, axis=1, prepend=0) * _ratio(found, seen)).sum(axis=1)
     return _ratio(area, found[:, -1])
+
+
+def _by_class(weights: Array, classes: NDArray[Any], count: int) -> Array:
+    """(resamples, count): how often each class is drawn, of the classes (examples,) of weights (resamples, examples)."""
+    drawn = np.zeros((len(weights), count))
+    if len(classes):
+        order = np.argsort(classes, kind="stable")
+        starts, _ = _groups(classes[order])
+        drawn[:, classes[order][starts]] = np.add.reduceat(weights[:, order], starts, axis=1)
+    return drawn
 
 
 def _groups(ordered: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ class Row:
         type, metric: "" in a mean where its tasks' differ.
         scores: by model, where there is one.
         differences: by model, of every model but the first.
+        remark: of a task: why a difference has no interval; "" where all have one.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Row:
     metric: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
     differences: Mapping[str, Difference] = field(default_factory=dict)
+    remark: str = ""
 
     @property
     def best(self) -> set[str]:
@@ -109,7 +111,8 @@ def compare(results: Sequence[Result], *, seed: int = 0, resamples: int = RESAMP
             tasks[task] = next(iter(of_task.values()))
             cells[task] = _cells(of_task, seed, resamples)
             about = {key: getattr(tasks[task], key) for key in ("group", "type", "metric")}
-            rows.append(_row(task, "task", models, cells[task], **about))
+            row = _row(task, "task", models, cells[task], **about)
+            rows.append(replace(row, remark=_remark(row, of_task)))
     groups = {group: [t for t in tasks if tasks[t].group == group] for group in by_group}
     types = {kind: [t for t in tasks if tasks[t].type == kind] for kind in sorted({t.type for t in tasks.values()})}
 
@@ -152,7 +155,7 @@ def plain(comparison: Comparison) -> dict[str, Any]:
     """The same as Python values that JSON can hold."""
     rows = [
         {
-            **{key: getattr(row, key) for key in ("name", "kind", "group", "type", "metric")},
+            **{key: getattr(row, key) for key in ("name", "kind", "group", "type", "metric", "remark")},
             "scores": {model: row.scores.get(model) for model in comparison.models},
             "differences": {model: vars(gap) for model, gap in row.differences.items()},
             "best": [model for model in comparison.models if model in row.best],
@@ -177,6 +180,14 @@ def _cells(of_task: Mapping[str, Result], seed: int, resamples: int) -> dict[str
             draws = replicates(result.examples, seed=seed, resamples=resamples)
         cells[model] = _Cell(result.score, draws, sum(len(part.ids) for part in result.examples))
     return cells
+
+
+def _remark(row: Row, of_task: Mapping[str, Result]) -> str:
+    if all(gap.low is not None for gap in row.differences.values()):
+        return ""
+    if not all(result.examples for result in of_task.values()):
+        return f"{row.metric} is not computed anew on drawn examples"
+    return "the models were scored on different examples"
 
 
 def _in_all(model: str, cells: Sequence[Mapping[str, _Cell]]) -> bool:

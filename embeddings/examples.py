@@ -10,12 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embeddings.bootstrap import Examples
+from embeddings.bootstrap import STATISTICS, Examples
 
 _EQUAL = 2e-5  # mteb rounds the scores of retrieval to five digits
 _PAIRWISE = 5000  # examples of which all pairs are compared, in 100 MB
@@ -73,6 +74,14 @@ def _plain_column(values: Any) -> Any:
     import datasets
 
     return values[:] if isinstance(values, datasets.Column) else values
+
+
+def of_aggregate(by_task: Mapping[str, Sequence[Examples]], score: float) -> list[Examples]:
+    """The examples of a task whose score is the mean of other tasks', each by its name, or none."""
+    found = [replace(each, part=f"{name}/{each.part}") for name, examples in by_task.items() for each in examples]
+    if not found or len({len(examples) for examples in by_task.values()}) != 1:
+        return []
+    return found if abs(float(np.mean([each.score for each in found])) - score) <= _EQUAL else []
 
 
 def of_subset(
@@ -160,31 +169,68 @@ def _pairs(
 def _classification(
     task: Any, data: Any, scores: Any, notes: Mapping[str, Any], metric: str, split: str, part: str
 ) -> list[Examples]:
-    if metric != "accuracy":
-        return []
     gold = np.asarray(data[split][task.label_column_name])
-    right = np.asarray(notes["predictions"]) == gold  # (classifiers, examples)
-    return [Examples("mean", _rows(gold), {"value": right.mean(axis=0)}, part)]
+    predicted = np.asarray(notes["predictions"]).T  # (examples, classifiers)
+    if metric == "accuracy":
+        return [Examples("mean", _rows(gold), {"value": (predicted == gold[:, None]).mean(axis=1)}, part)]
+    if metric in ("ap", "ap_weighted"):  # of two classes, which leaves nothing to weigh
+        return [Examples("mean_average_precision", _rows(gold), {"gold": gold, "predicted": predicted}, part)]
+    if metric not in STATISTICS:
+        return []
+    _, codes = np.unique(np.concatenate([gold[:, None], predicted], axis=1), return_inverse=True)
+    codes = codes.reshape(len(gold), -1)
+    return [Examples(metric, _rows(gold), {"gold": codes[:, 0], "predicted": codes[:, 1:]}, part)]
+
+
+def _multilabel(
+    task: Any, data: Any, scores: Any, notes: Mapping[str, Any], metric: str, split: str, part: str
+) -> list[Examples]:
+    from sklearn.preprocessing import MultiLabelBinarizer
+
+    gold = MultiLabelBinarizer().fit_transform(data[split][task.label_column_name][:])  # (examples, labels)
+    predicted = np.asarray(notes["predictions"]).swapaxes(0, 1)  # (examples, classifiers, labels)
+    if metric == "accuracy":
+        right = (predicted == gold[:, None]).all(axis=2).mean(axis=1)
+        return [Examples("mean", _rows(gold), {"value": right}, part)]
+    if metric != "f1":
+        return []
+    columns = {"gold": gold, "predicted": predicted.reshape(len(gold), -1).astype(int)}
+    return [Examples("f1_of_labels", _rows(gold), columns, part)]
 
 
 def _regression(
     task: Any, data: Any, scores: Any, notes: Mapping[str, Any], metric: str, split: str, part: str
 ) -> list[Examples]:
     gold = np.asarray(data[split][task.label_column_name], dtype=float)
-    if metric != "kendalltau" or len(gold) > _PAIRWISE:
+    statistic = {"kendalltau": "kendall", "r2": "r2"}.get(metric)
+    if statistic is None or (statistic == "kendall" and len(gold) > _PAIRWISE):
         return []
     predicted = np.asarray(notes["predictions"], dtype=float)  # (probes, examples)
     if (predicted == predicted[0]).all():  # each probe saw all of the train split
         predicted = predicted[:1]
-    return [Examples("kendall", _rows(gold), {"gold": gold, "predicted": predicted.T}, part)]
+    return [Examples(statistic, _rows(gold), {"gold": gold, "predicted": predicted.T}, part)]
+
+
+def _summarization(
+    task: Any, data: Any, scores: Any, notes: Mapping[str, Any], metric: str, split: str, part: str
+) -> list[Examples]:
+    """A correlation for each text, over its summaries; mteb leaves out texts whose summaries are all judged alike."""
+    from scipy.stats import pearsonr, spearmanr
+
+    by, _, statistic = metric.rpartition("_")
+    ids = tuple(str(i) for i, judged in enumerate(data[task.relevancy_column_name]) if len(set(judged)) > 1)
+    pairs = zip(notes["predictions"]["human_scores"], notes["predictions"][_PAIRS[by or "similarity"][0]], strict=True)
+    correlation = {"spearman": spearmanr, "pearson": pearsonr}[statistic]
+    value = np.asarray([float(correlation(*pair).statistic) for pair in pairs])
+    return [Examples("mean", ids, {"value": value}, part)] if len(ids) == len(value) else []
 
 
 def _clustering(
     task: Any, data: Any, scores: Any, notes: Mapping[str, Any], metric: str, split: str, part: str
 ) -> list[Examples]:
-    if metric != "v_measure":
+    if metric not in ("v_measure", "nmi"):  # the same by two names
         return []
-    if isinstance(scores["v_measures"], list):  # mteb's older tasks: sets that are clustered each by itself
+    if isinstance(scores.get("v_measures"), list):  # mteb's older tasks: sets that are clustered each by itself
         value = np.asarray(scores["v_measures"], dtype=float)
         return [Examples("mean", _rows(value), {"value": value}, part)]
     draws: _Noting = notes["draws"]
@@ -214,11 +260,13 @@ def _bitext(
     gold = [pair[1] for pair in data["gold"]] if "gold" in data else list(range(len(neighbours)))
     guess = [each["corpus_id"] for each in neighbours]
     right = np.asarray(gold) == np.asarray(guess)
-    if metric == "accuracy":
+    if metric in ("accuracy", "recall"):
         value = right.astype(float)
     elif metric == "f1":  # each sentence is a class of its own: recall is 0 or 1, precision a share of the guesses
         guessed = np.bincount(guess, minlength=max(gold) + 1)[gold]
         value = np.where(right, 2 / (1 + np.maximum(guessed, 1)), 0.0)
+    elif metric == "precision":
+        value = right / np.maximum(np.bincount(guess, minlength=max(gold) + 1)[gold], 1)
     else:
         return []
     return [Examples("mean", _rows(value), {"value": value}, part)]
@@ -231,7 +279,9 @@ _READERS: Mapping[str, _Reader] = {
     "STS": _sts,
     "PairClassification": _pairs,
     "Classification": _classification,
+    "MultilabelClassification": _multilabel,
     "Regression": _regression,
+    "Summarization": _summarization,
     "Clustering": _clustering,
     "BitextMining": _bitext,
 }

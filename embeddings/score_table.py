@@ -171,7 +171,9 @@ def _caption(comparison: Comparison, stars: bool = False, *, arrows: bool = Fals
         return "Main scores times 100"
     first = printable(comparison.models[0])
     gap = "▲ or ▼ where the difference to {} is beyond its" if arrows else "then the difference to {} and its"
-    return (
+    told = (
         f"Main scores times 100, the best {'with a star' if stars else 'in bold'}; {gap.format(first)} 95 % interval by paired "
-        "bootstrap over queries or examples, where the task can be told apart into them"
+        "bootstrap over queries or examples"
     )
+    without = [f"{printable(row.name)} ({row.remark})" for row in comparison.rows if row.remark]
+    return f"{told}. No interval for {', '.join(without)}, nor for means that they are in" if without else told

@@ -6,13 +6,13 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embeddings.bootstrap import Examples
-from embeddings.examples import noted
+from embeddings.examples import noted, of_aggregate
 from embeddings.result import Part
 from embeddings.tasks import Target
 from merging.errors import CuveeError
@@ -42,10 +42,12 @@ def score(
     with _their_words() as heard, tempfile.TemporaryDirectory() as scratch:
         try:
             task = target.fresh(seed)
+            of = task.tasks if task.is_aggregate else [task]
             if not task.is_aggregate:
                 task.load_data()
             # Their probes are fitted to a few hundred rows: BLAS on two threads takes eight times as long as on one.
-            with noted(task) as examples, threadpool_limits(1, user_api="blas"):
+            with ExitStack() as stack, threadpool_limits(1, user_api="blas"):
+                by_task = {each.metadata.name: stack.enter_context(noted(each)) for each in of}
                 done = mteb.evaluate(
                     encoder,
                     task,
@@ -71,10 +73,16 @@ def score(
     )
     if not parts or not all(math.isfinite(part.score) for part in parts):
         raise CuveeError("mteb's score is not a number", where=target.name, mend="look at the task's labels")
-    # Of a task in parts each must be told apart into examples, and as often, for their mean to be the task's.
+    return parts, tuple(_examples(by_task, parts, aggregate=task.is_aggregate)), heard
+
+
+def _examples(by_task: Mapping[str, Sequence[Examples]], parts: Sequence[Part], *, aggregate: bool) -> list[Examples]:
+    """Of a task in parts each must be told apart into examples, and as often, for their mean to be the task's."""
+    if aggregate:
+        return of_aggregate(by_task, sum(part.score for part in parts) / len(parts))
+    (examples,) = by_task.values()
     by_part = {"/".join(each.part.split("/")[:2]) for each in examples}
-    whole = len(by_part) == len(parts) and len(examples) % len(parts) == 0
-    return parts, tuple(examples) if whole else (), heard
+    return list(examples) if len(by_part) == len(parts) and len(examples) % len(parts) == 0 else []
 
 
 def _failure(error: Exception, target: Target) -> CuveeError:

@@ -93,6 +93,21 @@ def resolve(
     return list(targets.values())
 
 
+def of_task(task: Any, group: str) -> Target:
+    """A task of mteb, as its splits and languages are set."""
+    about = task.metadata
+    return Target(
+        name=about.name,
+        type=about.type,
+        metric=about.main_score,
+        group=group,
+        dataset={"path": str(about.dataset["path"]), "revision": str(about.dataset["revision"])},
+        splits=tuple(task.eval_splits),
+        subsets=tuple(task.hf_subsets),
+        fresh=lambda seed: _fresh(task, seed),
+    )
+
+
 def _with_split(
     tasks: Sequence[suite.SuiteTask], split: str, others: bool, note: Callable[[str], None] | None
 ) -> list[suite.SuiteTask]:
@@ -133,12 +148,12 @@ def _of_mteb(names: Sequence[str], languages: Sequence[str], types: Sequence[str
         if not names:
             about: dict[str, Any] = {"languages": languages or None, "task_types": types or None}
             tasks = mteb.get_tasks(**about, modalities=["text"], exclusive_modality_filter=True)
-            yield from (_target(task, "mteb") for task in tasks)
+            yield from (of_task(task, "mteb") for task in tasks)
         for group, task in _named(names):
             if not types or task.metadata.type in types:
                 fresh = _fresh(task, task.seed)
                 if not languages or _keep_languages(fresh, languages):
-                    yield _target(fresh, group)
+                    yield of_task(fresh, group)
     except ValueError as error:
         if "language code" not in str(error):
             raise
@@ -191,25 +206,14 @@ def _unknown(name: str, of_suites: Iterable[str]) -> CuveeError:
     return CuveeError(what, where="--tasks", mend=f"{mend}; add --suite FOLDER for tasks of your own")
 
 
-def _target(task: Any, group: str) -> Target:
-    about = task.metadata
-    return Target(
-        name=about.name,
-        type=about.type,
-        metric=about.main_score,
-        group=group,
-        dataset={"path": str(about.dataset["path"]), "revision": str(about.dataset["revision"])},
-        splits=tuple(task.eval_splits),
-        subsets=tuple(task.hf_subsets),
-        fresh=lambda seed: _fresh(task, seed),
-    )
-
-
 def _fresh(task: Any, seed: int) -> Any:
     """A new task of the same kind, splits and languages."""
     new = type(task)(seed=seed)
     new.hf_subsets = list(task.hf_subsets)
     new._eval_splits = task._eval_splits
+    if new.is_aggregate:  # its class holds its tasks, with a state that goes on from model to model
+        new.metadata = new.metadata.model_copy(update={"tasks": [_fresh(part, seed) for part in new.metadata.tasks]})
+        new.tasks = new.metadata.tasks
     return new
 
 

@@ -59,6 +59,24 @@ def _average_precision(gold: Any, predicted: Any) -> float:
     return max(float(average_precision_score(gold, column)) for column in np.asarray(predicted).T)
 
 
+def _of_columns(score: str, **options: Any) -> Callable[..., float]:
+    """Scikit-learn's score, the mean over the columns of the predicted."""
+
+    def oracle(gold: Any, predicted: Any) -> float:
+        from sklearn import metrics
+
+        return float(np.mean([getattr(metrics, score)(gold, column, **options) for column in np.asarray(predicted).T]))
+
+    return oracle
+
+
+def _f1_of_labels(gold: Any, predicted: Any) -> float:
+    from sklearn.metrics import f1_score
+
+    each = np.asarray(predicted).reshape(len(gold), -1, 4).swapaxes(0, 1)
+    return float(np.mean([f1_score(gold, guess, average="macro", zero_division=0) for guess in each]))
+
+
 @pytest.mark.parametrize(
     ("statistic", "oracle", "columns"),
     [
@@ -71,6 +89,27 @@ def _average_precision(gold: Any, predicted: Any) -> float:
             "average_precision",
             _average_precision,
             {"gold": RNG.integers(0, 2, 60), "predicted": RNG.integers(0, 30, (60, 3)) / 30},
+        ),
+        (
+            "mean_average_precision",
+            _of_columns("average_precision_score"),
+            {"gold": RNG.integers(0, 2, 60), "predicted": RNG.integers(0, 2, (60, 3))},
+        ),
+        ("r2", _of_columns("r2_score"), {"gold": RNG.integers(0, 6, 60), "predicted": RNG.normal(3, 2, (60, 3))}),
+        *(
+            (
+                f"{score}{suffix}",
+                _of_columns(f"{score}_score", average=average, zero_division=0),
+                # Classes that some resamples lack, one that is never guessed, one that is only guessed.
+                {"gold": RNG.choice([0, 1, 2, 3, 5], 60), "predicted": RNG.choice([0, 1, 2, 4, 5], (60, 3))},
+            )
+            for score in ("f1", "precision", "recall")
+            for suffix, average in (("", "macro"), ("_weighted", "weighted"))
+        ),
+        (
+            "f1_of_labels",
+            _f1_of_labels,
+            {"gold": RNG.integers(0, 2, (60, 4)), "predicted": (RNG.random((60, 12)) < 0.3).astype(int)},
         ),
     ],
 )

@@ -110,6 +110,19 @@ def test_without_the_same_examples_there_is_no_interval() -> None:
     assert none.value == pytest.approx(0.1) and none.low is None
 
 
+def test_the_caption_names_what_has_no_interval() -> None:
+    told = [result(m, "told", 0.5, [0, 1, 0.5]) for m in "ab"]
+    untold = [result(m, "untold", 0.5, metric="ami") for m in "ab"]
+    assert "No interval" not in markdown(compare(told))
+    shown = compare(told + untold)
+    assert [row.remark for row in shown.rows[:2]] == ["", "ami is not computed anew on drawn examples"]
+    caption = "No interval for untold (ami is not computed anew on drawn examples), nor for means that they are in."
+    assert caption in markdown(shown)
+    assert "No interval for untold" in " ".join(" ".join(on_a_terminal(shown, 240)).split())
+    other = compare([result("a", "t", 0.5, [0, 1]), result("b", "t", 0.5, [0, 1, 0.5])])
+    assert "t (the models were scored on different examples)" in markdown(other)
+
+
 def test_without_the_first_models_score_there_is_no_difference() -> None:
     shown = compare([result("a", "s", 0.5), result("a", "t", 0.5), result("b", "t", 0.6), result("b", "u", 0.6)])
     assert [set(row.differences) for row in shown.rows] == [set(), {"b"}, set(), set()]

@@ -20,7 +20,7 @@ from embeddings import suite
 from embeddings.evaluation import Settings, evaluate, refuse_failures
 from embeddings.result import Result
 from embeddings.scoring import score
-from embeddings.tasks import Target, resolve
+from embeddings.tasks import Target, of_task, resolve
 from merging.errors import CuveeError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -156,7 +156,7 @@ def test_every_score_is_mtebs_own(run: Run, every_type: Path, theirs: Callable[[
 
 
 def shared_task(name: str, rows: dict[str, Rows]) -> Target:
-    """One of mteb's own tasks, with real rows of its data in the columns that it has."""
+    """One of mteb's own tasks, with rows of ours in the columns that it has."""
     import datasets
     import mteb
 
@@ -206,6 +206,82 @@ def test_every_score_is_told_apart_into_examples_that_give_it_again(run: Run) ->
         assert examples.score == pytest.approx(result.score, abs=2e-5), result.task
     sizes = {task: len(result.examples[0].ids) for (_, task), result in run.results.items()}
     assert sizes["retrieval"] == 50 and sizes["sts"] == 50 and sizes["reranking"] == 12 and sizes["clusters"] <= 60
+
+
+def test_other_metrics_are_told_apart_too(minilm: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "suite"
+    classes = {split: of_labels("intent", split, 4, 60) for split in ("test", "train")}
+    two = {
+        split: [{**row, "label": int(row["label"] == rows[0]["label"])} for row in rows]
+        for split, rows in classes.items()
+    }
+    metrics = ("f1", "f1_weighted", "precision", "recall_weighted")
+    for metric in metrics:
+        write_task(folder, metric, f"type: Classification\nmetric: {metric}", **classes)
+    write_task(folder, "ap", "type: Classification\nmetric: ap", **two)
+    values = {split: some("sentiment", split, rows) for split, rows in (("test", 40), ("train", 50))}
+    write_task(folder, "r2", "type: Regression\nmetric: r2", **values)
+    write_task(
+        folder, "precision-bitext", "type: BitextMining\nmetric: precision", test=some("emoji-german", "test", 40)
+    )
+    write_task(folder, "ami", "type: Clustering\nmetric: ami", test=of_labels("organ-system", "test", 4, 40))
+    content, comparison = evaluate([str(minilm)] * 2, tmp_path / "out", suites=[folder])
+    assert not content["failed"] and comparison is not None
+    found = {task: result for (_, task), result in Run(tmp_path / "out", {}).results.items()}
+    assert not found.pop("ami").examples
+    for task, result in found.items():
+        (examples,) = result.examples
+        assert examples.score == pytest.approx(result.score, abs=2e-5), task
+    remarks = {row.name: row.remark for row in comparison.rows if row.kind == "task"}
+    assert remarks.pop("ami") == "ami is not computed anew on drawn examples" and not any(remarks.values())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_of_several_labels_and_summaries_are_told_apart_too(minilm: Path) -> None:
+    from embeddings.encoder import Encoder
+    from embeddings.model import open_model
+
+    encoder = Encoder(open_model(minilm))
+    rows = of_labels("intent", "train", 4, 60)
+    names = sorted({row["label"] for row in rows})
+    labelled = [
+        {"text": row["text"], "label": sorted({names.index(row["label"]), 4 + len(row["text"]) % 2})} for row in rows
+    ]
+    for task in ("EmitClassification", "CovidDisinformationNLMultiLabelClassification"):  # by accuracy, by F1
+        target = shared_task(task, {"train": labelled[::2], "test": labelled[1::2]})
+        parts, (examples,), _ = score(encoder, target)
+        assert examples.score == pytest.approx(parts[0].score, abs=2e-5) and len(examples.ids) == len(labelled[1::2])
+    word = some("word", "test", 40)
+    judged = [
+        {
+            "text": word[i]["query"],
+            "human_summaries": [word[i]["query"]],
+            "machine_summaries": [word[j]["positive"] for j in range(i, i + 4)],
+            "relevance": [5.0, 1.0, 2.0, 1.0] if i != 3 else [2.0] * 4,
+        }
+        for i in range(8)
+    ]
+    parts, (examples,), _ = score(encoder, shared_task("SummEvalSummarization.v2", {"test": judged}))
+    assert examples.ids == ("0", "1", "2", "4", "5", "6", "7")  # mteb leaves out what is judged alike
+    assert examples.score == pytest.approx(parts[0].score, abs=2e-5)
+
+
+def test_an_aggregate_has_the_examples_of_its_tasks(every_type: Path, minilm: Path) -> None:
+    from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
+    from mteb.abstasks.aggregated_task import AbsTaskAggregate
+
+    from embeddings.encoder import Encoder
+    from embeddings.model import open_model
+
+    tasks = [task.mteb_task() for task in suite.load(every_type) if task.name in ("clusters", "retrieval")]
+    about = {"description": "both", "main_score": "main_score", "type": "Retrieval", "eval_splits": ["test"]}
+    both = type("Both", (AbsTaskAggregate,), {"metadata": AggregateTaskMetadata(name="Both", tasks=tasks, **about)})
+    target = of_task(both(), "mteb")
+    once, again = (score(Encoder(open_model(minilm)), target)[:2] for _ in range(2))
+    assert once[0] == again[0], "each model gets tasks that no other was scored on"
+    parts, examples = once
+    assert [each.part.split("/")[0] for each in examples] == ["clusters", "retrieval"]
+    assert np.mean([each.score for each in examples]) == pytest.approx(parts[0].score, abs=2e-5)
 
 
 def test_a_damaged_model_is_worse_beyond_the_noise(run: Run) -> None:
