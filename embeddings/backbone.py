@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from embeddings import decoder, lora
+from embeddings import decoder, lora, packing
 from embeddings.data_settings import SIDES
 from embeddings.model import (
     adapter_merged,
@@ -95,12 +95,18 @@ class Backbone:
         self._pad_id = int(tokenizer.pad_token_id or 0)
         self._types = "token_type_ids" in tokenizer(["a"])
         self._masks_prompt = any(getattr(module, "include_prompt", True) is False for module in transformer)
+        self._packing = self._find_packing()
         self.dimension = int(self._dimension())
 
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self.transformer.parameters()).device
         return device
+
+    @property
+    def packs(self) -> bool:
+        """Whether `vectors` spends nothing on padding."""
+        return self._packing is not None
 
     @property
     def tokenizer_digest(self) -> str:
@@ -173,23 +179,49 @@ class Backbone:
 
     def embed(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(texts, dimension) float32, with gradient unless the caller forbids it; the features stay as they are."""
+        read = {key: value for key, value in features.items() if key != "pooling_mask"}
+        with self._autocast():
+            state = self.transformer[0](read)
+        return self._pooled({**features, **state})
+
+    def vectors(self, tokens: Sequence[NDArray[np.int32]]) -> torch.Tensor:
+        """(texts, dimension) float32, as `embed` gives them of `pad`, without the cost of padding where the model can."""
+        features = self.pad(tokens)
+        if self._packing is None or len(tokens) == 1:
+            return self.embed(features)
         import torch
 
-        state: dict[str, Any] = dict(features)
-        pooled = state.pop("pooling_mask", None)
-        lower = torch.autocast(self.device.type, torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
-        first, *rest = self.transformer
-        with lower:
-            state = first(state)
+        ids = [np.where(own < 0, -1 - own, own) for own in tokens] if self._masks_prompt else tokens
+        with self._autocast():
+            hidden, places = packing.forward(self.transformer[0].model, self._packing, ids, types=self._types)
+        mask = features["attention_mask"].bool()  # (texts, longest)
+        index = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)  # of what is masked, any
+        index[mask] = torch.from_numpy(np.concatenate(places)).to(mask.device)
+        own = hidden.index_select(0, index.flatten()).unflatten(0, index.shape)
+        return self._pooled({**features, "token_embeddings": own})
+
+    def _pooled(self, state: dict[str, Any]) -> torch.Tensor:
+        """What the modules after the transformer make of its vectors, in float32."""
         for key in ("token_embeddings", "sentence_embedding"):
             if key in state:
                 state[key] = state[key].float()
-        if pooled is not None:
-            state["attention_mask"] = pooled
-        for module in rest:
+        if "pooling_mask" in state:
+            state["attention_mask"] = state.pop("pooling_mask")
+        for module in list(self.transformer)[1:]:
             state = module(state)
         vectors: torch.Tensor = state["sentence_embedding"]
         return vectors
+
+    def _autocast(self) -> Any:
+        import torch
+
+        return torch.autocast(self.device.type, torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
+
+    def _find_packing(self) -> packing.Packing | None:
+        first = self.transformer[0]
+        if first.module_output_name != "token_embeddings":
+            return None
+        return packing.find(first.model, causal=not decoder.looks_ahead(first), types=self._types)
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Those that are trained."""

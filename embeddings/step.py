@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from embeddings.backbone import Backbone
 
-#: Tokens of a chunk, padding included, on a CPU and elsewhere.
-CPU_CHUNK, ACCELERATOR_CHUNK = 1024, 16384
+#: Tokens of a chunk on a CPU and elsewhere; padding included, where there is any.
+CPU_CHUNK, ACCELERATOR_CHUNK = 4096, 16384
 
 
 def loss_and_gradient(
@@ -109,8 +109,12 @@ def _alone(batch: Batch, number: int) -> Batch:
 
 def _chunks(backbone: Backbone, batch: Batch, cache_tokens: int) -> list[NDArray[np.int64]]:
     budget = cache_tokens or (CPU_CHUNK if backbone.device.type == "cpu" else ACCELERATOR_CHUNK)
-    lengths = [len(tokens) for tokens in batch.tokens]
-    return [places.astype(np.int64) for places in batches(lengths, budget=budget)]
+    lengths = np.array([len(tokens) for tokens in batch.tokens], np.int64)
+    if not backbone.packs:
+        return [places.astype(np.int64) for places in batches(lengths.tolist(), budget=budget)]
+    order = np.argsort(-lengths, kind="stable")
+    number = (np.cumsum(lengths[order]) - lengths[order]) // budget  # (texts,) the chunk of each
+    return np.split(order, np.flatnonzero(np.diff(number)) + 1)
 
 
 def _embed(backbone: Backbone, batch: Batch, chunks: Sequence[NDArray[np.int64]], seed: int) -> torch.Tensor:
@@ -128,7 +132,7 @@ def _forward(backbone: Backbone, batch: Batch, places: NDArray[np.int64], seed: 
     # Dropout knows no generator but the global one: seeded anew, a chunk's second pass drops what its first did, and a
     # resumed run what the other would have.
     torch.manual_seed((seed << 12) + number)  # within 64 bits
-    return backbone.embed(backbone.pad([batch.tokens[place] for place in places]))
+    return backbone.vectors([batch.tokens[place] for place in places])
 
 
 def _loss(embeddings: torch.Tensor, batch: Batch, objectives: Sequence[Objective]) -> tuple[torch.Tensor, list[float]]:
