@@ -1,6 +1,6 @@
 """Times `cuvee train` against sentence-transformers' trainer, in one run: same model, pairs, batches, loss and dropout.
 
-    python scripts/bench_train.py [--tasks code word …] [--batch-sizes 32 128] [--steps 12] [--repeats 3] [--device cuda] [--out F]
+    python scripts/bench_train.py [--tasks code word …] [--batch-sizes 32 128] [--steps 12] [--repeats 3] [--device cuda]
 
 Peers, both from texts to trained weights, without opening the model and without writing it:
 
