@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -71,6 +69,7 @@ def evaluate(
     from embeddings import evaluation
     from merging.cli import finish, say
     from merging.errors import CuveeError
+    from merging.progress import work_bars
 
     if check is not None:
         _check(check, as_json)
@@ -89,21 +88,24 @@ def evaluate(
         cache=cache,
         trust_remote_code=trust_remote_code,
     )
-    result, comparison = evaluation.evaluate(
-        models,
-        out,
-        names=[name for text in names or [] for name in re.split(r"\s*,\s*(?![^()]*\))", text) if name],
-        suites=[None if folder == "shipped" and not Path(folder).exists() else Path(folder) for folder in suite or []],
-        languages=language or [],
-        types=type_ or [],
-        split=split,
-        settings=settings,
-        force=force,
-        dry_run=dry_run,
-        write_cards=card,
-        progress=_progress(),
-        note=say,
-    )
+    with work_bars() as progress:
+        result, comparison = evaluation.evaluate(
+            models,
+            out,
+            names=[name for text in names or [] for name in re.split(r"\s*,\s*(?![^()]*\))", text) if name],
+            suites=[
+                None if folder == "shipped" and not Path(folder).exists() else Path(folder) for folder in suite or []
+            ],
+            languages=language or [],
+            types=type_ or [],
+            split=split,
+            settings=settings,
+            force=force,
+            dry_run=dry_run,
+            write_cards=card,
+            progress=progress,
+            note=say,
+        )
     if dry_run:
         say(f"would score {len(result['models'])} models on {', '.join(result['tasks'])}")
     elif comparison is not None and not as_json:
@@ -121,13 +123,18 @@ def quickstart(
     seed: Annotated[int, typer.Option(help="Of training and of random draws.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
-    """Fine-tune three specialists of a small real model, merge them in several ways, and compare all of them."""
+    """The whole way on small real data: train in bags, merge, update with a new task, evaluate."""
     from embeddings import quickstart as job
-    from merging.cli import finish
+    from merging.cli import finish, say
+    from merging.progress import work_bars
 
-    result = job.quickstart(out, seed=seed, progress=_progress())
+    with work_bars() as progress:
+        result, comparison = job.quickstart(out, seed=seed, progress=progress, note=say)
     if not as_json:
-        _print_scores(result["scores"], f"intervals and more in {out / 'evaluation' / 'scores.md'}")
+        _print(comparison)
+        cost, full = result["cost_update"], result["cost_full_retraining"]
+        say(f"the update took {cost:,} rows, {cost / full:.0%} of the {full:,} of a full retraining")
+        say(f"every difference and its interval: {out / 'evaluation' / 'scores.md'}")
     finish(result, as_json)
 
 
@@ -164,22 +171,6 @@ def _prompts(given: list[str]) -> dict[str, str] | None:
     return {text.partition("=")[0]: text.partition("=")[2] for text in given} or None
 
 
-def _print_scores(scores: dict[str, dict[str, float]], caption: str) -> None:
-    """A row a model: ten of them are no columns for a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    rows = {model: [*of_task.values(), sum(of_task.values()) / len(of_task)] for model, of_task in scores.items()}
-    best = [max(column) for column in zip(*rows.values(), strict=True)]
-    table = Table(title="Scores on the test splits, times 100", caption=caption)
-    for column in ("model", *next(iter(scores.values())), "mean"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for model, row in rows.items():
-        cells = zip(row, best, strict=True)
-        table.add_row(model, *(f"[bold]{100 * x:.1f}[/bold]" if x == top else f"{100 * x:.1f}" for x, top in cells))
-    Console().print(table)
-
-
 def _print(comparison: Any) -> None:
     from rich.console import Console
 
@@ -189,19 +180,3 @@ def _print(comparison: Any) -> None:
     console = Console(width=None if terminal else 240)
     for table in tables(comparison, width=console.width if terminal else 100, stars=not terminal):
         console.print(table)
-
-
-def _progress() -> Callable[[str, int, int], None]:
-    """Writes a line for each thing that is being done; its rate is that since it was first heard of."""
-    began: dict[str, tuple[float, int]] = {}
-
-    def show(what: str, done: int, total: int) -> None:
-        start, before = began.setdefault(what, (time.monotonic(), done))
-        spent, new = time.monotonic() - start, done - before
-        rate = f", {new / spent:.1f}/s, {spent / new * (total - done):.0f} s left" if new > 0 and spent > 0 else ""
-        sys.stderr.write(f"\r{what}: {done}/{total}{rate:30}" + ("\n" if done >= total else ""))
-        sys.stderr.flush()
-        if done >= total:
-            del began[what]  # it may begin anew: the other side of a task of pairs
-
-    return show

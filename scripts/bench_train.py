@@ -85,10 +85,10 @@ def one_round(model: str, task: str, size: int, options: argparse.Namespace, rep
 
 
 def pairs(task: str, count: int) -> list[dict[str, str]]:
-    """Rows {query, positive} of a task's train split, again from the start where it is too small."""
-    from embeddings.quickstart import training_pairs
+    """Rows {query, positive} of a retrieval task's train split, again from the start where it is too small."""
+    from embeddings.suite import load
 
-    rows = training_pairs(task)
+    rows = next(each for each in load() if each.name == task).read("train")
     rows = [{key: row[key] for key in ("query", "positive")} for row in rows]
     return [rows[i % len(rows)] for i in range(count)]
 

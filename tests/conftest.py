@@ -39,7 +39,7 @@ def minilm() -> Path:
 def minilm_family(
     minilm: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> MiniLMFamily:
-    """all-MiniLM-L6-v2 and three specialists, each fine-tuned a little on one of the quickstart's real tasks.
+    """all-MiniLM-L6-v2 and three specialists, each fine-tuned a little on one of the shipped suite's tasks.
 
     Few and large steps, so that the task vectors stand out of the rounding within seconds. Trained once: kept in
     pytest's cache, where the workers of a parallel run wait for the first of them.
@@ -48,11 +48,14 @@ def minilm_family(
     pytest.importorskip("sentence_transformers")
     import torch
 
-    from embeddings import quickstart
+    from embeddings import bag, train, training_config
 
-    training = quickstart.Training(steps=8, batch=16, learning_rate=5e-4, tokens=32)
-    code = Path(quickstart.__file__).read_bytes()
-    version = hashlib.sha256(code + f"{training} {torch.__version__}".encode()).hexdigest()[:12]
+    text = (
+        "model: {model}\ndata: [{{suite: shipped, task: {task}, limit: 128, negatives: 1}}]\n"
+        "steps: 8\nbatch_size: 16\nlearning_rate: 5.0e-4\nmax_length: 32\ncore: 0\nloss: {{temperature: 0.05}}\n"
+    )
+    code = Path(train.__file__).read_bytes() + Path(bag.__file__).read_bytes()
+    version = hashlib.sha256(code + f"{text} {torch.__version__}".encode()).hexdigest()[:12]
     cache = getattr(request.config, "cache", None)
     root = cache.mkdir("minilm-family") if cache else tmp_path_factory.getbasetemp().parent / "minilm-family"
     root.mkdir(parents=True, exist_ok=True)
@@ -60,10 +63,9 @@ def minilm_family(
     threads = torch.get_num_threads()
     with filelock.FileLock(root / "lock"):
         torch.set_num_threads(1)  # on busy cores the threads of one operation wait for each other
-        for task in quickstart.TASKS:
-            folders.append(root / version / task)
-            quickstart.train_specialist(
-                minilm, task, folders[-1], training, device="cpu", force=False, progress=lambda *_: None
-            )
+        for task in ("word", "phenotype", "intent"):
+            config = training_config.parse(text.format(model=minilm, task=task), str(root / "config.yml"))
+            bag.train_run(config, root / version / task)
+            folders.append(root / version / task / bag.MODEL)
         torch.set_num_threads(threads)
     return MiniLMFamily(minilm, tuple(folders))
