@@ -389,7 +389,11 @@ def _refuse_recipe(config: TrainingConfig, run: Path) -> None:
 
     entry = methods.known().get(config.merge.method)
     if config.bags and entry is not None:
-        _members_recipe(config, draw_members(config, ()), run).check(entry)
+        try:
+            _members_recipe(config, draw_members(config, ()), run).check(entry)
+        except CuveeError as error:
+            where = config.merge.where or config.at("bags")
+            raise CuveeError(error.what, where=where, mend=error.mend) from None
 
 
 def merge_models(
@@ -510,11 +514,11 @@ def finish(
         "cost": rows,
         **(more or {}),
     }
-    begun = lineage.read(run)  # with what makes the run the same
-    write_whole(run / lineage.FILE, lineage.text({**begun, **content, **summary, "state": "done"}))
+    same = {key: value for key, value in lineage.read(run).items() if key in ("config", "updates")}
+    write_whole(run / lineage.FILE, lineage.text({**summary, **content, **same, "state": "done"}))
     return summary
 
 
 def _told(member: Member, done: Trained) -> dict[str, Any]:
     sizes = {name: len(rows) for name, rows in member.rows.items()}
-    return {"percent": member.percent, "seed": member.seed, "rows": sizes, **asdict(done)}
+    return {"percent": member.percent, "seed": member.seed, "sizes": sizes, **asdict(done)}

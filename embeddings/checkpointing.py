@@ -53,9 +53,7 @@ def load(folder: Path, backbone: Backbone, optimizer: torch.optim.Optimizer) -> 
     for name, parameter in backbone.named_parameters():
         own = {key.rpartition("/")[2]: tensor for key, tensor in moments.items() if key.rpartition("/")[0] == name}
         if own:
-            optimizer.state[parameter] = {
-                key: tensor.to(parameter.device) for key, tensor in own.items()
-            }
+            optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in own.items()}
     return read_json(folder / _STATE)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,13 @@ def read(file: Path) -> list[dict[str, Any]]:
     return found
 
 
+def refuse_unknown(names: Iterable[str]) -> None:
+    """Raises CuveeError for a name that `sinks` does not know."""
+    for name in names:
+        if name not in SINKS:
+            raise CuveeError(f"'{name}' is no log", where="--log", mend=f"choose {' or '.join(SINKS)}")
+
+
 def sinks(names: Sequence[str], folder: Path, run: str) -> list[Sink]:
     """Whom the user wants told: "tensorboard" (into the folder) or "wandb".
 
@@ -57,10 +64,9 @@ def sinks(names: Sequence[str], folder: Path, run: str) -> list[Sink]:
         CuveeError: not one of them, or not installed.
     """
     makers: dict[str, Callable[[Path, str], Sink]] = {"tensorboard": _tensorboard, "wandb": _wandb}
+    refuse_unknown(names)
     found = []
     for name in names:
-        if name not in makers:
-            raise CuveeError(f"'{name}' is no log", where="--log", mend=f"choose {' or '.join(makers)}")
         try:
             found.append(makers[name](folder, run))
         except ImportError:

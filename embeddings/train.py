@@ -291,9 +291,10 @@ def schedule_of(config: TrainingConfig, sets: Sequence[TrainingSet], job: Job) -
 def _optimizer(backbone: Backbone, config: TrainingConfig) -> torch.optim.Optimizer:
     import torch
 
-    parameters = list(backbone.parameters())
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]  # biases and norms
+    # Biases and norms do not decay; nor do the tables of relative positions, which transformers counts among the biases.
+    decays = {name: parameter.ndim > 1 and "bias" not in name for name, parameter in backbone.named_parameters()}
+    matrices = [parameter for name, parameter in backbone.named_parameters() if decays[name]]
+    vectors = [parameter for name, parameter in backbone.named_parameters() if not decays[name]]
     groups = [
         {"params": group, "weight_decay": decay}
         for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))

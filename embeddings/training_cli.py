@@ -8,7 +8,9 @@ from typing import Annotated, Any, Optional
 import typer
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; cuda gives each worker a GPU of its own.")]
-Seed = Annotated[Optional[int], typer.Option(help="Instead of the configuration's.", show_default=False)]
+Seed = Annotated[
+    Optional[int], typer.Option(min=0, max=2**32 - 1, help="Instead of the configuration's.", show_default=False)
+]
 Workers = Annotated[int, typer.Option(min=1, help="Members trained side by side.")]
 Log = Annotated[Optional[list[str]], typer.Option(help="Also to tensorboard or wandb.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Train again what is there.")]
@@ -36,10 +38,11 @@ def train(
     """Train an embedding model, or several on bags of the data that are merged into one."""
     from dataclasses import replace
 
-    from embeddings import training_config
+    from embeddings import metrics, training_config
     from embeddings.model import wait_passively
 
     wait_passively()
+    metrics.refuse_unknown(log or ())
     settings = training_config.load(config)
     settings = settings if seed is None else replace(settings, seed=seed)
     from embeddings import bag
@@ -76,11 +79,12 @@ def update(
     from embeddings.model import wait_passively
 
     wait_passively()
-    from embeddings import bag
+    from embeddings import bag, metrics
     from embeddings.update import update_model
     from merging.cli import finish, say
     from merging.progress import work_bars
 
+    metrics.refuse_unknown(log or ())
     options = bag.Options(device=device, force=force, logs=tuple(log or ()))
     with work_bars() as progress:
         result = update_model(

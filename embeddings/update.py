@@ -144,6 +144,8 @@ def read_past(
         settings = TrainingConfig(model=training_config.ModelSettings(str(base)), data=(), where=str(model))
     if base is not None:
         settings = replace(settings, model=replace(settings.model, path=_absolute(base)))
+    if os.path.isabs(settings.model.path) and not os.path.isdir(settings.model.path):
+        raise CuveeError("the base is gone", where=settings.model.path, mend="say where it is now by --base")
     kept = trained.get("core") or {}
     where = Path(core) if core is not None else _core_of(folder, Path(kept["folder"])) if kept else None
     if where is not None and not where.is_file():

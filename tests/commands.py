@@ -135,6 +135,8 @@ def _serve() -> None:
     _warm_up()
     for line in sys.stdin:
         request = json.loads(line)
+        if request["arguments"][:1] in (["train"], ["update"]):
+            _warm_up_training()
         child = os.fork()
         if child == 0:
             os._exit(_child(request))
@@ -154,6 +156,14 @@ def _warm_up() -> None:
         models = [write_model(folder / f"{seed}", tiny(seed)) for seed in range(2)]
         recipe = write_recipe(folder / "recipe.yml", "ties", models[1], base_model=models[0])
         cuvee.app(["merge", str(recipe), str(folder / "out")], standalone_mode=False)
+
+
+def _warm_up_training() -> None:
+    """What training imports late: seconds of each process. Nothing is computed: threads do not survive a fork."""
+
+    import embeddings.backbone
+    import embeddings.update
+    import embeddings.workers  # noqa: F401
 
 
 def _say(answer: object) -> None:
