@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -195,15 +196,19 @@ def _named(names: Iterable[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _unknown(name: str, of_suites: Iterable[str]) -> CuveeError:
-    import mteb
-
-    every = mteb.get_tasks(exclude_superseded=False, exclude_private=False)
-    theirs = (*(task.metadata.name for task in every), *(benchmark.name for benchmark in mteb.get_benchmarks()))
-    known = {known.lower(): known for known in (*theirs, *of_suites)}
+    known = {known.lower(): known for known in (*_names_of_mteb(), *of_suites)}
     near = [known[found] for found in difflib.get_close_matches(name.lower(), known, n=3)]
     mend = f"the nearest are {quoted(near)}" if near else "`mteb available-tasks` lists mteb's"
     what = f"'{name}' is no task or benchmark of mteb, and no task of a suite named here or of the shipped one"
     return CuveeError(what, where="--tasks", mend=f"{mend}; add --suite FOLDER for tasks of your own")
+
+
+@cache
+def _names_of_mteb() -> tuple[str, ...]:
+    import mteb
+
+    tasks = mteb.get_tasks(exclude_superseded=False, exclude_private=False)
+    return (*(task.metadata.name for task in tasks), *(benchmark.name for benchmark in mteb.get_benchmarks()))
 
 
 def _fresh(task: Any, seed: int) -> Any:

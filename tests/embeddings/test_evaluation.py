@@ -61,31 +61,31 @@ def write_task(folder: Path, name: str, head: str, **splits: Rows) -> None:
 def every_type(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A suite with a task of each type, of a few real rows."""
     folder = tmp_path_factory.mktemp("suite")
-    word = some("word", "test", 50)
+    word = some("word", "test", 30)
     graded = [
         {"sentence1": a["query"], "sentence2": b["positive"], "score": float(i % 3 == 0) + i % 5 / 10}
         for i, a in enumerate(word)
         for b in [a if i % 3 == 0 else word[i - 1]]
     ]
     write_task(folder, "retrieval", "type: Retrieval\ngroup: in", test=word)
-    write_task(folder, "mrr", "type: Retrieval\nmetric: mrr_at_5\ngroup: in", test=some("phenotype", "test", 40))
-    write_task(folder, "reranking", "type: Reranking\ngroup: out", test=some("sense", "test", 12))
+    write_task(folder, "mrr", "type: Retrieval\nmetric: mrr_at_5\ngroup: in", test=some("phenotype", "test", 20))
+    write_task(folder, "reranking", "type: Reranking\ngroup: out", test=some("sense", "test", 6))
     write_task(folder, "sts", "type: STS\ngroup: in", test=graded)
-    write_task(folder, "pairs", "type: PairClassification\ngroup: out", test=some("same-sense", "test", 40))
-    classes = {split: of_labels("intent", split, 4, 60) for split in ("test", "train")}
+    write_task(folder, "pairs", "type: PairClassification\ngroup: out", test=some("same-sense", "test", 24))
+    classes = {split: of_labels("intent", split, 3, 36) for split in ("test", "train")}
     write_task(folder, "classes", "type: Classification\ngroup: in", **classes)
     values = {split: some("sentiment", split, rows) for split, rows in (("test", 40), ("train", 50))}
     write_task(folder, "values", "type: Regression\ngroup: in", **values)
-    write_task(folder, "clusters", "type: Clustering\ngroup: out", test=of_labels("organ-system", "test", 4, 60))
-    write_task(folder, "bitext", "type: BitextMining\ngroup: out", test=some("emoji-german", "test", 40))
+    write_task(folder, "clusters", "type: Clustering\ngroup: out", test=of_labels("organ-system", "test", 3, 36))
+    write_task(folder, "bitext", "type: BitextMining\ngroup: out", test=some("emoji-german", "test", 24))
     return folder
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     """A suite of two quick tasks."""
-    write_task(tmp_path / "small", "one", "type: Retrieval\ngroup: in", test=some("word", "test", 30))
-    write_task(tmp_path / "small", "two", "type: Retrieval\ngroup: out", test=some("phenotype", "test", 30))
+    write_task(tmp_path / "small", "one", "type: Retrieval\ngroup: in", test=some("word", "test", 12))
+    write_task(tmp_path / "small", "two", "type: Retrieval\ngroup: out", test=some("phenotype", "test", 12))
     return tmp_path / "small"
 
 
@@ -205,12 +205,12 @@ def test_every_score_is_told_apart_into_examples_that_give_it_again(run: Run) ->
         (examples,) = result.examples
         assert examples.score == pytest.approx(result.score, abs=2e-5), result.task
     sizes = {task: len(result.examples[0].ids) for (_, task), result in run.results.items()}
-    assert sizes["retrieval"] == 50 and sizes["sts"] == 50 and sizes["reranking"] == 12 and sizes["clusters"] <= 60
+    assert sizes["retrieval"] == 30 and sizes["sts"] == 30 and sizes["reranking"] == 6 and sizes["clusters"] <= 36
 
 
 def test_other_metrics_are_told_apart_too(minilm: Path, tmp_path: Path) -> None:
     folder = tmp_path / "suite"
-    classes = {split: of_labels("intent", split, 4, 60) for split in ("test", "train")}
+    classes = {split: of_labels("intent", split, 3, 24) for split in ("test", "train")}
     two = {
         split: [{**row, "label": int(row["label"] == rows[0]["label"])} for row in rows]
         for split, rows in classes.items()
@@ -219,10 +219,10 @@ def test_other_metrics_are_told_apart_too(minilm: Path, tmp_path: Path) -> None:
     for metric in metrics:
         write_task(folder, metric, f"type: Classification\nmetric: {metric}", **classes)
     write_task(folder, "ap", "type: Classification\nmetric: ap", **two)
-    values = {split: some("sentiment", split, rows) for split, rows in (("test", 40), ("train", 50))}
+    values = {split: some("sentiment", split, rows) for split, rows in (("test", 15), ("train", 25))}
     write_task(folder, "r2", "type: Regression\nmetric: r2", **values)
     write_task(
-        folder, "precision-bitext", "type: BitextMining\nmetric: precision", test=some("emoji-german", "test", 40)
+        folder, "precision-bitext", "type: BitextMining\nmetric: precision", test=some("emoji-german", "test", 24)
     )
     write_task(folder, "ami", "type: Clustering\nmetric: ami", test=of_labels("organ-system", "test", 4, 40))
     content, comparison = evaluate([str(minilm)] * 2, tmp_path / "out", suites=[folder])
@@ -371,12 +371,12 @@ def test_what_changes_vectors_beside_the_weights_is_another_model_too(
 
 def test_changed_data_are_scored_again_and_nothing_else(minilm: Path, small: Path, tmp_path: Path) -> None:
     evaluate([str(minilm)], tmp_path / "out", suites=[small])
-    rows = some("word", "test", 31)
+    rows = some("word", "test", 13)
     write_task(small, "one", "type: Retrieval\ngroup: in", test=rows)
     content, _ = evaluate([str(minilm)], tmp_path / "out", suites=[small])
     assert content["reused"] == 1
     (result,) = [r for (_, task), r in Run(tmp_path / "out", {}).results.items() if task == "one"]
-    assert len(result.examples[0].ids) == 31 and result.made_by["encoded"] == 2  # the new query and its answer
+    assert len(result.examples[0].ids) == 13 and result.made_by["encoded"] == 2  # the new query and its answer
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"score": 1}'])
@@ -403,7 +403,7 @@ def test_an_interrupted_run_goes_on_where_it_was(minilm: Path, small: Path, tmp_
 
 def test_a_second_model_is_scored_on_the_same_draws(minilm: Path, tmp_path: Path) -> None:
     """mteb's generators go on from call to call: a model listed twice would differ from itself."""
-    rows = of_labels("organ-system", "test", 4, 60)
+    rows = of_labels("organ-system", "test", 4, 40)
     write_task(tmp_path / "suite", "clusters", "type: Clustering", test=rows)
     content, comparison = evaluate([str(minilm)] * 2, tmp_path / "out", suites=[tmp_path / "suite"])
     first, second = content["scores"].values()
@@ -546,7 +546,7 @@ def test_the_card_gets_the_scores_in_the_form_that_the_hub_reads(minilm: Path, s
     shutil.copytree(minilm, model)
     (model / "README.md").write_text("---\nlicense: mit\ntags: [a]\n---\n\n# Mine\n\nBy hand.\n", encoding="utf-8")
     first = evaluate([str(model)], tmp_path / "out", suites=[small], write_cards=True)[0]
-    write_task(small, "two", "type: Retrieval\ngroup: out", test=some("phenotype", "test", 25))
+    write_task(small, "two", "type: Retrieval\ngroup: out", test=some("phenotype", "test", 10))
     second = evaluate([str(model)], tmp_path / "out", suites=[small], write_cards=True)[0]
     assert first["models"] == second["models"], "the card is no part of what the model is"
     card = ModelCard.load(model / "README.md")
