@@ -286,6 +286,8 @@ def train_member(
     """Trains one member."""
     from embeddings.monitor import scorer
 
+    done = job.out.exists() and not options.force
+
     def listeners() -> list[Sink]:
         return sinks(options.logs, run, job.name)
 
@@ -296,7 +298,7 @@ def train_member(
         lambda: open_backbone(config, options.device, job.seed),
         force=options.force,
         progress=progress,
-        evaluate=scorer(config.evaluate, options.device) if config.evaluate else None,
+        evaluate=scorer(config.evaluate, options.device) if config.evaluate and not done else None,
         sinks=listeners,
         content={"base": config.model.path, "config": config.plain(), "device": options.device},
     )

@@ -75,7 +75,7 @@ def texts_at(batch: Batch, places: Sequence[int], prompt: str) -> list[str]:
 @pytest.mark.parametrize("prompts", ["", ', prompt: {query: "q ", document: ""}'])
 @pytest.mark.parametrize("type_", ["Retrieval", "Classification"])
 @pytest.mark.parametrize("in_batch", [None, True, False])
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=ranked())
 def test_targets_are_those_of_a_loop_over_rows(prompts: str, type_: str, in_batch: bool | None, rows: Rows) -> None:
     labels = type_ == "Classification"
