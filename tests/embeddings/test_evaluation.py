@@ -529,6 +529,26 @@ def test_models_that_cannot_be_used_are_refused_before_any_work(minilm: Path, sm
     assert not out.exists()
 
 
+def test_a_model_of_the_hub_is_taken_at_its_revision(
+    minilm: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = tmp_path / "hub" / "models--our--mini"
+    for branch, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        shutil.copytree(minilm, repo / "snapshots" / commit)
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / branch).write_text(commit, encoding="utf-8")
+    prompts = {"prompts": {"query": "find: "}}
+    (repo / "snapshots" / ("b" * 40) / "config_sentence_transformers.json").write_text(json.dumps(prompts), "utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    models = ["our/mini", "our/mini@main", str(minilm)]
+    settings = Settings(revision="v2")
+    content, _ = evaluate(models, tmp_path / "out", names=["one"], suites=[small], settings=settings)
+    first, second, third = content["models"]
+    assert (first, second) == ("our/mini@v2", "our/mini@main") and content["reused"] == 0
+    digest = {label: content["models"][label]["digest"] for label in content["models"]}
+    assert digest[second] == digest[third] != digest[first]
+
+
 def test_a_folder_that_is_no_run_is_left_alone(minilm: Path, small: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").touch()
