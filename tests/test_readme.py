@@ -29,7 +29,9 @@ def workplace(minilm_family: MiniLMFamily, tmp_path: Path) -> Path:
     names = ("base", "specialist-a", "specialist-b")
     for name, folder in zip(names, (minilm_family.base, *minilm_family.specialists), strict=False):
         os.symlink(folder, tmp_path / name)
-    (recipe,) = code_blocks(README, "yaml")
+    config, recipe = code_blocks(README, "yaml")
+    (tmp_path / "train.yml").write_text(config, encoding="utf-8")
+    (tmp_path / "new.yml").write_text("data: [{suite: shipped, task: intent, limit: 40}]\n", encoding="utf-8")
     (tmp_path / "recipe.yml").write_text(recipe, encoding="utf-8")
     return tmp_path
 
@@ -43,12 +45,12 @@ def test_make_targets_exist() -> None:
 
 def test_commands_run(workplace: Path) -> None:
     ours = [line for line in commands() if line[0] == "cuvee"]
-    assert {line[1] for line in ours} == {"merge", "inspect", "methods", "evaluate"}
+    assert {line[1] for line in ours} == {"train", "update", "merge", "inspect", "methods", "evaluate"}
     for _, *arguments in ours:
         done = run(*arguments, cwd=workplace)
         assert done.code == 0, done.err
     assert read_model(workplace / "OUT") == read_model(workplace / "AGAIN")
-    assert "OUT" in (workplace / "RUN" / "scores.md").read_text(encoding="utf-8")
+    assert "UPDATED" in (workplace / "SCORES" / "scores.md").read_text(encoding="utf-8")
 
 
 def test_python_runs(workplace: Path) -> None:
