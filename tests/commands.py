@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import importlib
 import io
 import json
 import os
@@ -160,10 +161,13 @@ def _warm_up() -> None:
 
 def _warm_up_training() -> None:
     """What training imports late: seconds of each process. Nothing is computed: threads do not survive a fork."""
-
-    import embeddings.backbone
-    import embeddings.update
-    import embeddings.workers  # noqa: F401
+    late = (
+        *("torch.optim", "sentence_transformers.sentence_transformer.losses", "peft"),
+        *("transformers.models.bert.modeling_bert", "embeddings.update", "embeddings.workers", "embeddings.backbone"),
+    )
+    for name in late:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def _say(answer: object) -> None:
