@@ -52,7 +52,10 @@ _FORM = 1
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is carried out; none of it changes what comes out.
+    """How a run is carried out; none of it changes what comes out but for rounding.
+
+    With another number of threads a sum has another order: workers give the bytes of one process where each has as many
+    threads as that would have, as with OMP_NUM_THREADS=1.
 
     Attributes:
         workers: members trained side by side, each on its share of the cores, or on a GPU of its own.
