@@ -41,6 +41,8 @@ def main() -> None:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "cuvee"
         _leave(f"error: {command}: {error.format_message().rstrip('.')}; see {command} --help", 2)
+    if code == 130:  # newer typers catch Ctrl-C themselves and leave in silence
+        _leave("interrupted", 130)
     sys.exit(code)
 
 

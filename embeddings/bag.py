@@ -31,7 +31,7 @@ from embeddings.batch import objectives
 from embeddings.metrics import Sink, sinks
 from embeddings.model import only_our_words
 from embeddings.result import write_whole
-from embeddings.train import ROWS, Job, Progress, Trained, schedule_of, train
+from embeddings.train import ROWS, Job, Progress, Trained, schedule_of, train, write_row_numbers
 from embeddings.training_config import COMPLEMENT, TrainingConfig
 from embeddings.training_data import TrainingSet, load_sets, write_rows
 from merging import lineage
@@ -46,6 +46,7 @@ Rows = Mapping[str, NDArray[np.int64]]
 Note = Callable[[str], None]
 
 MODEL, BASE, CORE, MEMBERS, WORK, DATA = "model", "base", "core", "members", "work", "data"
+_MADE = (MEMBERS, MODEL, BASE, CORE, WORK)  # of a configuration; `data` serves others too
 _CORE_DRAW, _MEMBER_DRAW = 1, 2  # keep draws apart that share a seed
 _FORM = 1
 
@@ -328,7 +329,7 @@ def write_core(sets: Sequence[TrainingSet], rows: Rows, folder: Path) -> None:
     """Writes rows as tables, data.yml, which comes last, and rows.npz."""
     (folder / "data.yml").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(folder / ROWS, **rows)  # type: ignore[arg-type]
+    write_row_numbers(folder / ROWS, rows)
     write_rows(sets, rows, folder)
 
 
@@ -464,8 +465,12 @@ def check_claim(
     if not (run / lineage.FILE).is_file():
         raise CuveeError("is not empty and none of our outputs", where=str(run), mend="choose another folder")
     past = lineage.read(run)
+    if past.get("state") == "begun" and not any((run / part).exists() for part in _MADE):
+        return False  # its data or settings were refused: mended, they are another configuration
     if past.get("command") != command:
         raise CuveeError(f"is an output of `cuvee {past.get('command')}`", where=str(run), mend="choose another folder")
+    if "state" not in past:  # a run in it would take the place of its lineage
+        raise CuveeError("is a model, no run's folder", where=str(run), mend="choose another folder")
     same = all(past.get(key) == value for key, value in _identity(config, more).items())
     if not same and not force:
         mend = "choose another folder, or add --force to train anew"
@@ -479,7 +484,7 @@ def claim(
     """As `check_claim`; and the folder is of this configuration from now on, without what was made by another."""
     if check_claim(run, command, config, force=force, more=more):
         return
-    for part in (MEMBERS, MODEL, BASE, CORE, WORK):
+    for part in _MADE:
         shutil.rmtree(run / part, ignore_errors=True)
     begun = {"command": command, "state": "begun", **_identity(config, more)}
     write_whole(run / lineage.FILE, lineage.text(begun))  # first: what holds it is ours, wherever we are killed

@@ -98,7 +98,11 @@ def quickstart(
         if not (out / name).exists():  # one that is there, its user's perhaps, is kept
             (out / name).write_text(text.format(rows=rows, seed=seed, task=NEW_TASK), encoding="utf-8")
     options = bag.Options(device=device)
-    trained = bag.train_run(training_config.load(out / "train.yml"), out / "bags", options=options, progress=progress)
+    settings = training_config.load(out / "train.yml")
+    if settings.seed != seed:
+        mend = f"choose another folder, or say --seed {settings.seed}"
+        raise CuveeError(f"says 'seed: {settings.seed}', not {seed}", where=str(out / "train.yml"), mend=mend)
+    trained = bag.train_run(settings, out / "bags", options=options, progress=progress)
     updated = update_model(
         out / "bags", out / "new.yml", out / "updated", options=options, progress=progress, note=note
     )

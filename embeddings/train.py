@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -141,7 +142,7 @@ def train(
     with staged(job.out, force=force) as staging:
         backbone.save(staging)
         shutil.copyfile(job.work / METRICS, staging / METRICS)
-        np.savez_compressed(staging / ROWS, **dict(job.rows))  # type: ignore[arg-type]
+        write_row_numbers(staging / ROWS, job.rows)
         numbers = {"steps": done.steps, "rows": done.rows, "seconds": round(done.seconds, 1), "loss": done.loss}
         _write_lineage(staging, {**(content or {}), "training": numbers, "made_by": made_by})
     shutil.rmtree(job.work, ignore_errors=True)
@@ -323,6 +324,14 @@ def _made_by(config: TrainingConfig, sets: Sequence[TrainingSet], job: Job) -> d
     content = {"settings": settings, "data": data, "rows": job.digest, "seed": job.seed, "share": job.share}
     plain: dict[str, Any] = json.loads(json.dumps(content, default=dict))
     return plain
+
+
+def write_row_numbers(file: Path, rows: Mapping[str, NDArray[np.int64]]) -> None:
+    """What `np.load` reads, by data set; np.savez itself takes no array that is named as one of its arguments, "file"."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, numbers in rows.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, numbers, allow_pickle=False)
 
 
 def _known(out: Path, made_by: Mapping[str, Any]) -> Trained:

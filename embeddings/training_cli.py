@@ -111,7 +111,9 @@ def _tell(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         return
     if result.get("dry_run"):
-        say(f"would train {len(result['members'])} models in {result['steps']} steps: {result['cost']:,} rows")
+        counted = {"model": len(result["members"]), "step": result["steps"], "row": result["cost"]}
+        models, steps, rows = (f"{count:,} {noun}{'s' * (count != 1)}" for noun, count in counted.items())
+        say(f"would train {models} in {steps}: {rows}")
         return
     rate = f"{result['pairs_per_second']:g} rows a second"
     say(f"{result['model']}: {result['steps']} steps, {result['cost']:,} rows, {rate}, loss {result['loss']:.4f}")

@@ -85,6 +85,10 @@ class _Reader:
         if "sentence1" in raw and "sentence2" in raw and {"score", "label"} & raw.keys() and not self.settings.columns:
             kind = "STS" if "score" in raw else "PairClassification"
             raise ValueError(f"the row is a graded pair, not a query and its positive; add 'type: {kind}'")
+        plan = self._plan(raw)
+        if plan["text"] and plan["label"] and not plan["query"] and not self.settings.columns:
+            mend = "add 'type: Classification' to its entry under 'data:'"
+            raise ValueError(f"the row is a text and its label, not a query and its positive; {mend}")
         return self._with_candidates(raw, "query", "positive")
 
     def _translated(self, raw: _Raw) -> Example:

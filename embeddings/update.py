@@ -133,6 +133,9 @@ def read_past(
     """
     folder = _model_folder(Path(model))
     trained = _lineage(folder)
+    if not trained and base is None and not folder.is_dir():
+        mend = "check the spelling; of a model of the hub, say --base and --core"
+        raise CuveeError("no such folder", where=str(model), mend=mend)
     if not trained and base is None:
         mend = "say --base, what it was fine-tuned from, and --core, some of its old data"
         raise CuveeError("does not say what it was trained from", where=str(model), mend=mend)

@@ -200,7 +200,9 @@ def scan_folder(folder: Path) -> dict[str, TensorInfo]:
                 where=str(folder),
                 mend=f"write 'BASE+{folder}' to merge it into its base",
             )
-        raise CheckpointError("holds no *.safetensors weights", where=str(folder))
+        made = folder / "model"  # a run of `cuvee train` is named where its model is meant
+        mend = f"did you mean {made}?" if (made / "config.json").is_file() else ""
+        raise CheckpointError("holds no *.safetensors weights", where=str(folder), mend=mend)
     return tensors
 
 

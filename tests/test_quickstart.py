@@ -37,6 +37,8 @@ def test_a_short_run_is_scored_and_taken_up_again(
     again, _ = quickstart.quickstart(tmp_path, rows=24)
     assert again["scores"] == result["scores"]
     assert {file: file.stat().st_mtime_ns for file in made} == made
+    with pytest.raises(CuveeError, match=r"train.yml: says 'seed: 0', not 1; choose another folder, or say --seed 0"):
+        quickstart.quickstart(tmp_path, rows=24, seed=1)
     (tmp_path / "train.yml").write_text((tmp_path / "train.yml").read_text("utf-8").replace("80", "50"), "utf-8")
     with pytest.raises(CuveeError, match="another configuration"):
         quickstart.quickstart(tmp_path, rows=24)

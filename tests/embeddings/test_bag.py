@@ -14,6 +14,7 @@ import pytest
 
 from embeddings import bag
 from embeddings.bag import Options, draw_members, plan, train_run
+from embeddings.train import write_row_numbers
 from embeddings.training_config import TrainingConfig, data_settings, load
 from embeddings.training_data import TrainingSet, load_sets, read_texts
 from merging import lineage
@@ -215,6 +216,33 @@ def test_a_member_that_is_missing_is_trained_again_alone(run: Path, config: Trai
     }  # fmt: skip
     assert same_weights(copy / "model", run / "model")
     shutil.rmtree(copy)
+
+
+def test_a_model_is_no_runs_folder(run: Path, config: TrainingConfig) -> None:
+    before = (run / "members" / "1-50" / "cuvee.json").read_bytes()
+    for force in (False, True):
+        with pytest.raises(CuveeError, match=r"1-50: is a model, no run's folder; choose another"):
+            train_run(config, run / "members" / "1-50", options=Options(force=force))
+    assert (run / "members" / "1-50" / "cuvee.json").read_bytes() == before
+
+
+def test_a_configuration_that_was_refused_is_mended_in_place(config: TrainingConfig, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("text,label\none,a\ntwo,b\n", "utf-8")
+    data = data_settings(tmp_path / "labels.csv")
+    with pytest.raises(CuveeError, match=r"labels.csv:2: the row is a text and its label.*add 'type: Classification'"):
+        train_run(replace(config, data=data), tmp_path / "run")
+    assert plan(config, tmp_path / "run")["steps"] > 0
+    bag.claim(tmp_path / "run", "train", config, force=False)
+    (tmp_path / "run" / "work").mkdir()  # from now on there is something to lose
+    with pytest.raises(CuveeError, match="another configuration"):
+        plan(replace(config, seed=9), tmp_path / "run")
+
+
+def test_row_numbers_of_data_sets_named_as_arguments_of_savez(tmp_path: Path) -> None:
+    rows = {name: np.arange(3, dtype=np.int64) for name in ("file", "allow_pickle", "a.b-c")}
+    write_row_numbers(tmp_path / "rows.npz", rows)
+    kept = np.load(tmp_path / "rows.npz")
+    assert {name: kept[name].tolist() for name in kept} == {name: [0, 1, 2] for name in rows}
 
 
 def test_another_configuration_is_refused_and_forced(run: Path, config: TrainingConfig, tmp_path: Path) -> None:

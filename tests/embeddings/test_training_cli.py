@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import cuvee
 from embeddings.bag import train_run
 from embeddings.training_config import load
 from embeddings.update import update_model
@@ -191,6 +192,17 @@ def test_an_unwritable_folder_is_one_line(minilm: Path) -> None:
 
 
 # ---- what is said ----
+
+
+def test_ctrl_c_is_told(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("embeddings.bag.plan", interrupt)
+    monkeypatch.setattr("sys.argv", ["cuvee", "train", str(place / "config.yml"), str(place / "planned"), "--dry-run"])
+    with pytest.raises(SystemExit, match="130"):
+        cuvee.main()
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_plan_and_a_result_are_told_in_a_line(place: Path) -> None:

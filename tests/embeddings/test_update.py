@@ -118,6 +118,8 @@ def test_a_run_that_was_moved_is_updated_all_the_same(place: Path, updated: dict
 
 
 def test_a_model_without_lineage_is_served_by_base_and_core(minilm: Path, place: Path, tmp_path: Path) -> None:
+    with pytest.raises(CuveeError, match=r"minillm: no such folder; check the spelling"):
+        update_model(minilm.with_name("minillm"), place / "new.jsonl", tmp_path / "out")
     with pytest.raises(CuveeError, match=r"does not say what it was trained from; say --base"):
         update_model(minilm, place / "new.jsonl", tmp_path / "out")
     notes: list[str] = []
