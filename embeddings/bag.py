@@ -31,7 +31,7 @@ from embeddings.batch import objectives
 from embeddings.metrics import Sink, sinks
 from embeddings.model import only_our_words
 from embeddings.result import write_whole
-from embeddings.train import ROWS, Job, Progress, Trained, schedule_of, train, write_row_numbers
+from embeddings.train import AFTER_TRAINING, ROWS, Job, Progress, Trained, schedule_of, train, write_row_numbers
 from embeddings.training_config import COMPLEMENT, TrainingConfig
 from embeddings.training_data import TrainingSet, load_sets, write_rows
 from merging import lineage
@@ -471,7 +471,7 @@ def check_claim(
         raise CuveeError(f"is an output of `cuvee {past.get('command')}`", where=str(run), mend="choose another folder")
     if "state" not in past:  # a run in it would take the place of its lineage
         raise CuveeError("is a model, no run's folder", where=str(run), mend="choose another folder")
-    same = all(past.get(key) == value for key, value in _identity(config, more).items())
+    same = _members_of(past) == _members_of(_identity(config, more))
     if not same and not force:
         mend = "choose another folder, or add --force to train anew"
         raise CuveeError("holds a run of another configuration", where=str(run), mend=mend)
@@ -482,11 +482,16 @@ def claim(
     run: Path, command: str, config: TrainingConfig, *, force: bool, more: Mapping[str, Any] | None = None
 ) -> None:
     """As `check_claim`; and the folder is of this configuration from now on, without what was made by another."""
+    identity = _identity(config, more)
+    stale: Sequence[str] = _MADE
     if check_claim(run, command, config, force=force, more=more):
-        return
-    for part in _MADE:
+        past = lineage.read(run)
+        if past.get("config") == identity["config"]:
+            return
+        stale = (CORE,) if past["config"].get("core") != config.core else ()
+    for part in stale:
         shutil.rmtree(run / part, ignore_errors=True)
-    begun = {"command": command, "state": "begun", **_identity(config, more)}
+    begun = {"command": command, "state": "begun", **identity}
     write_whole(run / lineage.FILE, lineage.text(begun))  # first: what holds it is ours, wherever we are killed
     write_whole(run / "config.yml", config.text)
 
@@ -494,6 +499,14 @@ def claim(
 def _identity(config: TrainingConfig, more: Mapping[str, Any] | None) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(json.dumps({"config": config.plain(), **(more or {})}, default=dict))
     return found
+
+
+def _members_of(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What the members follow from; they stay as they are when they are merged, watched or kept for updates otherwise."""
+    config = identity.get("config")
+    settings = config if isinstance(config, dict) else {}
+    kept = {key: value for key, value in settings.items() if key not in AFTER_TRAINING}
+    return {"config": kept, "updates": identity.get("updates")}
 
 
 def finish(

@@ -47,8 +47,10 @@ METRICS, ROWS = "metrics.jsonl", "rows.npz"
 LOG_EVERY = 10
 _LAST = 50  # steps whose mean loss is the run's
 _PACKAGES = ("torch", "transformers", "sentence-transformers", "numpy")
-#: Settings that change nothing about one model's training.
-_OF_THE_RUN = ("bags", "merge", "merge_weights", "core", "save_every", "data")
+#: Settings that change no member's weights …
+AFTER_TRAINING = ("merge", "merge_weights", "core", "save_every", "evaluate")
+#: … and those that a member's rows stand for.
+_OF_THE_RUN = (*AFTER_TRAINING, "bags", "data")
 
 
 @dataclass(frozen=True)

@@ -259,6 +259,22 @@ def test_another_configuration_is_refused_and_forced(run: Path, config: Training
     shutil.rmtree(copy)
 
 
+def test_what_comes_after_training_can_be_changed_and_keeps_the_members(
+    run: Path, config: TrainingConfig, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    before = stamps(copy)
+    other = replace(config, merge=replace(config.merge, method="linear"), core=50.0, save_every=3)
+    train_run(other, copy)
+    after = stamps(copy)
+    assert {name for name in after if after[name] != before[name]} == {"model/model.safetensors"}
+    assert not same_weights(copy / "model", run / "model")
+    assert lineage.read(copy / "model")["method"] == "linear"
+    halves, quarters = (sum(len(rows) for rows in np.load(each / "core" / "rows.npz").values()) for each in (copy, run))
+    assert halves > 1.8 * quarters
+    shutil.rmtree(copy)
+
+
 def test_changed_data_are_refused_and_with_force_change_the_core_too(minilm: Path, tmp_path: Path) -> None:
     config = config_of(tmp_path, minilm, "steps: 1\n", "  - {file: word.jsonl}\n")
     train_run(config, tmp_path / "run")
