@@ -49,6 +49,7 @@ MODEL, BASE, CORE, MEMBERS, WORK, DATA = "model", "base", "core", "members", "wo
 _MADE = (MEMBERS, MODEL, BASE, CORE, WORK)  # of a configuration; `data` serves others too
 _CORE_DRAW, _MEMBER_DRAW = 1, 2  # keep draws apart that share a seed
 _FORM = 1
+_CONFIG = "config.yml"
 
 
 @dataclass(frozen=True)
@@ -486,14 +487,14 @@ def claim(
     stale: Sequence[str] = _MADE
     if check_claim(run, command, config, force=force, more=more):
         past = lineage.read(run)
-        if past.get("config") == identity["config"]:
+        if past.get("config") == identity["config"] and (run / _CONFIG).is_file():
             return
         stale = (CORE,) if past["config"].get("core") != config.core else ()
     for part in stale:
         shutil.rmtree(run / part, ignore_errors=True)
     begun = {"command": command, "state": "begun", **identity}
     write_whole(run / lineage.FILE, lineage.text(begun))  # first: what holds it is ours, wherever we are killed
-    write_whole(run / "config.yml", config.text)
+    write_whole(run / _CONFIG, config.text)
 
 
 def _identity(config: TrainingConfig, more: Mapping[str, Any] | None) -> dict[str, Any]:

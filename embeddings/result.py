@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Mapping
@@ -102,6 +103,7 @@ def write_whole(file: Path, text: str) -> None:
     staged = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(file)
         staged.write_text(text, encoding="utf-8", errors="backslashreplace")
         staged.replace(file)
     except OSError as error:
@@ -109,6 +111,24 @@ def write_whole(file: Path, text: str) -> None:
     finally:
         with suppress(OSError):
             staged.unlink(missing_ok=True)
+
+
+def _remove_abandoned(file: Path) -> None:
+    """What killed processes left of this file."""
+    for left in file.parent.glob(f".{glob.escape(file.name)}.*"):
+        process = left.name.rpartition(".")[2]
+        if process.isdecimal() and not _is_alive(int(process)):
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # someone else's
+    return True
 
 
 def _plain(examples: Examples) -> dict[str, Any]:

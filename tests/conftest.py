@@ -52,7 +52,7 @@ def minilm_family(
 
     text = (
         "model: {model}\ndata: [{{suite: shipped, task: {task}, limit: 128, negatives: 1}}]\n"
-        "steps: 8\nbatch_size: 16\nlearning_rate: 5.0e-4\nmax_length: 32\ncore: 0\nloss: {{temperature: 0.05}}\n"
+        "steps: 8\nwarmup: 0\nbatch_size: 16\nlearning_rate: 5.0e-4\nmax_length: 32\ncore: 0\nloss: {{temperature: 0.05}}\n"
     )
     code = Path(train.__file__).read_bytes() + Path(bag.__file__).read_bytes()
     version = hashlib.sha256(code + f"{text} {torch.__version__}".encode()).hexdigest()[:12]
