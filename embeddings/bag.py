@@ -13,7 +13,6 @@ A run's folder holds all that it made, and the same command on it makes only wha
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -31,12 +30,13 @@ from embeddings.batch import objectives
 from embeddings.metrics import Sink, sinks
 from embeddings.model import only_our_words
 from embeddings.result import write_whole
-from embeddings.train import AFTER_TRAINING, ROWS, Job, Progress, Trained, schedule_of, train, write_row_numbers
+from embeddings.train import AFTER_TRAINING, ROWS, Job, Trained, schedule_of, train, write_row_numbers
 from embeddings.training_config import COMPLEMENT, TrainingConfig
 from embeddings.training_data import TrainingSet, load_sets, write_rows
 from merging import lineage
 from merging.errors import CuveeError
 from merging.output import alone, just_begun, staged
+from merging.progress import Work
 
 if TYPE_CHECKING:
     from embeddings.backbone import Backbone
@@ -90,7 +90,7 @@ def train_run(
     run: str | Path,
     *,
     options: Options | None = None,
-    progress: Progress | None = None,
+    progress: Work | None = None,
     note: Note | None = None,
 ) -> dict[str, Any]:
     """Trains the members of a configuration and merges them; what is done already is not done again.
@@ -156,7 +156,7 @@ def plan(
     run: str | Path,
     *,
     options: Options | None = None,
-    progress: Progress | None = None,
+    progress: Work | None = None,
     jobs: Callable[[Sequence[TrainingSet]], Mapping[str, Job]] | None = None,
 ) -> dict[str, Any]:
     """What `train_run` would do, after all of the data was read and checked; nothing is written.
@@ -190,16 +190,16 @@ def plan(
         }
 
 
-def read_sets(config: TrainingConfig, run: Path, options: Options, progress: Progress, note: Note) -> list[TrainingSet]:
+def read_sets(config: TrainingConfig, run: Path, options: Options, progress: Work, note: Note) -> list[TrainingSet]:
     """The data as arrays, from the run's cache or their sources."""
-    tokenizer = _Tokenizer(config)
+    tokenizer = Tokenizer(config)
     sets = load_sets(config, tokenizer, run / DATA, progress, transformer=lambda: tokenizer.backbone.transformer)
     for line in (line for each in sets for line in each.notes):
         note(line)
     return sets
 
 
-class _Tokenizer:
+class Tokenizer:
     """`training_data.Tokenize` by the configuration's backbone, which is opened when it is needed first."""
 
     def __init__(self, config: TrainingConfig) -> None:
@@ -267,7 +267,7 @@ def train_members(
     members: Sequence[Member],
     run: Path,
     options: Options,
-    progress: Progress,
+    progress: Work,
 ) -> dict[str, Trained]:
     """Trains each member that is not done."""
     jobs = {member.name: _job(member, run, bool(config.bags)) for member in members}
@@ -285,7 +285,7 @@ def train_member(
     sets: Sequence[TrainingSet],
     job: Job,
     options: Options,
-    progress: Progress,
+    progress: Work,
     run: Path,
 ) -> Trained:
     """Trains one member."""
@@ -353,7 +353,7 @@ def training_lineage(
 
 
 def merge_members(
-    config: TrainingConfig, members: Sequence[Member], run: Path, content: Mapping[str, Any], progress: Progress
+    config: TrainingConfig, members: Sequence[Member], run: Path, content: Mapping[str, Any], progress: Work
 ) -> None:
     """Merges the members into `run`/model, weighted by their size or equally."""
     recipe = _members_recipe(config, members, run)
@@ -404,7 +404,7 @@ def _refuse_recipe(config: TrainingConfig, run: Path) -> None:
 
 
 def merge_models(
-    recipe: Recipe, inputs: Sequence[str], run: Path, seed: int, content: Mapping[str, Any], progress: Progress
+    recipe: Recipe, inputs: Sequence[str], run: Path, seed: int, content: Mapping[str, Any], progress: Work
 ) -> None:
     """Merges models into `run`/model with more in its lineage, unless that was done already.
 
@@ -498,8 +498,7 @@ def claim(
 
 
 def _identity(config: TrainingConfig, more: Mapping[str, Any] | None) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(json.dumps({"config": config.plain(), **(more or {})}, default=dict))
-    return found
+    return {"config": config.plain(), **(more or {})}
 
 
 def _members_of(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from embeddings import training_cli
+from merging.cli import DryRun, Json
 
 
 def register(app: typer.Typer) -> None:
@@ -62,8 +63,8 @@ def evaluate(
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run a model's own code.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Score again what is known.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
 ) -> None:
     """Score embedding models on tasks of MTEB and on your own, and compare them."""
     from embeddings import evaluation
@@ -121,7 +122,7 @@ def quickstart(
         "quickstart"
     ),
     seed: Annotated[int, typer.Option(help="Of training and of random draws.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+    as_json: Json = False,
 ) -> None:
     """The whole way on small real data: train in bags, merge, update with a new task, evaluate."""
     from embeddings import quickstart as job

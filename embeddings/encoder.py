@@ -8,7 +8,7 @@ wrapper of sentence-transformers chooses them, and the vectors are the same up t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from embeddings.embedding_cache import EmbeddingCache, text_keys
 from embeddings.model import EmbeddingModel, max_length
 from merging.errors import CuveeError
+from merging.progress import Work
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from mteb.types import PromptType
 
 Vectors = NDArray[np.float32]
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
 #: Tokens of a batch, padding included: what keeps its activations in the cache of a CPU, or fills a GPU.
 CPU_BUDGET, CPU_LOW_PRECISION_BUDGET, ACCELERATOR_BUDGET = 1024, 2048, 32768
 _ROWS = 1024  # of a batch at most
@@ -60,7 +58,7 @@ class Encoder:
         *,
         batch_size: str | int = "auto",
         prompts: Mapping[str, str] | None = None,
-        progress: Progress | None = None,
+        progress: Work | None = None,
     ) -> None:
         if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size > 0):
             raise CuveeError(f"'{batch_size}' is no batch size", where="batch_size", mend="give a number or 'auto'")

@@ -33,15 +33,13 @@ from embeddings.tasks import Target
 from merging import lineage
 from merging.errors import CuveeError
 from merging.output import alone, just_begun, refuse_existing
+from merging.progress import Work
 from merging.setting import did_you_mean
 from merging.sources import ModelRef
 
 if TYPE_CHECKING:
     from embeddings.embedding_cache import EmbeddingCache
     from embeddings.encoder import Encoder
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 _PACKAGES = ("mteb", "torch", "transformers", "sentence-transformers", "scikit-learn", "numpy", "datasets")
 _SAME = ("revision", "dataset", "splits", "subsets", "seed", "mteb")  # of `made_by`: where equal, so is the score
@@ -83,7 +81,7 @@ def evaluate(
     force: bool = False,
     dry_run: bool = False,
     write_cards: bool = False,
-    progress: Progress | None = None,
+    progress: Work | None = None,
     note: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Any], Comparison | None]:
     """Scores every model on every task and compares them; what fails is noted, and the rest goes on.
@@ -171,9 +169,7 @@ def refuse_failures(content: Mapping[str, Any], note: Callable[[str], None] | No
 class _Run:
     """What a run has found so far."""
 
-    def __init__(
-        self, out: Path, settings: Settings, force: bool, progress: Progress, note: Callable[[str], None]
-    ) -> None:
+    def __init__(self, out: Path, settings: Settings, force: bool, progress: Work, note: Callable[[str], None]) -> None:
         self.out, self.settings, self.force = out, settings, force
         self.progress, self.note = progress, note
         self.results: list[Result] = []

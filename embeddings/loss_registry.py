@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from merging.errors import CuveeError
 from merging.methods.registry import REQUIRED, Parameter, declared_parameters
 from merging.node import Node
+from merging.registries import find, load_installed
 from merging.setting import Setting, did_you_mean, quoted
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class LossEntry:
 
 
 LOSSES: dict[str, LossEntry] = {}
+_GROUP = "cuvee.losses"
 
 #: Types whose rows are negatives of each other; rows of the others share answers too often (FlagEmbedding #1400).
 IN_BATCH_TYPES = ("Retrieval", "Reranking", "BitextMining")
@@ -132,19 +134,12 @@ def get(name: str, where: str = "") -> LossEntry:
     Raises:
         CuveeError: no such loss; names the nearest.
     """
-    entries = LOSSES if name in LOSSES else known()
-    if name not in entries:
-        mend = did_you_mean(name, entries, f"known: {quoted(entries)}")
-        raise CuveeError(f"no loss '{name}'", where=where, mend=mend)
-    return entries[name]
+    return find(name, LOSSES, group=_GROUP, noun="loss", where=where)
 
 
 def known() -> dict[str, LossEntry]:
     """All losses by name, those of installed packages included."""
-    from importlib.metadata import entry_points
-
-    for entry in entry_points(group="cuvee.losses"):
-        entry.load()
+    load_installed(_GROUP)
     return LOSSES
 
 

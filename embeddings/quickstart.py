@@ -23,12 +23,10 @@ from embeddings.model import wait_passively
 from merging import lineage
 from merging.errors import CuveeError
 from merging.output import staged
+from merging.progress import Work
 
 if TYPE_CHECKING:
     from embeddings.comparison import Comparison
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 TASKS = ("word", "phenotype", "intent")
 """Tasks of the suite that comes along, for the bags."""
@@ -67,7 +65,7 @@ def quickstart(
     seed: int = 0,
     rows: int = ROWS,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: Work | None = None,
     note: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Any], Comparison]:
     """Trains, merges, updates and evaluates under `out`.

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merging.errors import CuveeError
-from merging.setting import did_you_mean, quoted
+from merging.registries import find, load_installed
 
 #: Types of the first stage of `two_stage`.
 RETRIEVAL_TYPES = ("Retrieval", "Reranking", "BitextMining")
@@ -160,6 +160,7 @@ class ScheduleEntry:
 
 
 SCHEDULES: dict[str, ScheduleEntry] = {}
+_GROUP = "cuvee.schedules"
 
 
 def schedule(
@@ -187,19 +188,12 @@ def get(name: str, where: str = "") -> ScheduleEntry:
     Raises:
         CuveeError: no such schedule; names the nearest.
     """
-    entries = SCHEDULES if name in SCHEDULES else known()
-    if name not in entries:
-        mend = did_you_mean(name, entries, f"known: {quoted(entries)}")
-        raise CuveeError(f"no schedule '{name}'", where=where, mend=mend)
-    return entries[name]
+    return find(name, SCHEDULES, group=_GROUP, noun="schedule", where=where)
 
 
 def known() -> dict[str, ScheduleEntry]:
     """All schedules by name, those of installed packages included."""
-    from importlib.metadata import entry_points
-
-    for entry in entry_points(group="cuvee.schedules"):
-        entry.load()
+    load_installed(_GROUP)
     return SCHEDULES
 
 

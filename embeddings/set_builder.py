@@ -19,9 +19,7 @@ from embeddings.token_table import Ragged, TableWriter, offsets_of
 from embeddings.training_config import TrainingConfig
 from embeddings.training_rows import Example, examples
 from merging.errors import CuveeError
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is; 0: nobody knows."""
+from merging.progress import Work
 
 MARKER = "set.json"  # the last file to be written
 _CHUNK_ROWS, _CHUNK_CHARACTERS = 2048, 1 << 22  # in memory at a time
@@ -60,7 +58,7 @@ class SetBuilder:
         config: TrainingConfig,
         tokenize: Tokenize,
         transformer: Callable[[], Any] | None,
-        progress: Progress,
+        progress: Work,
     ) -> None:
         self.settings, self.config, self.tokenize = settings, config, tokenize
         self.transformer, self.progress = transformer, progress

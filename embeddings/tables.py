@@ -196,13 +196,18 @@ def _label(value: Any) -> str | int:
 
 
 def _score(value: Any) -> float:
-    try:
-        score = float(value) if isinstance(value, str | int | float) else math.nan
-    except (ValueError, OverflowError):
-        score = math.nan
+    score = as_number(value)
     if not math.isfinite(score):
         raise ValueError(f"must be a finite number, not {value!r:.60}")
     return score
+
+
+def as_number(value: Any) -> float:
+    """The number that a cell is or says; NaN if it is none."""
+    try:
+        return float(value) if isinstance(value, str | int | float) else math.nan
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def _relevance(value: Any) -> int:

@@ -30,14 +30,12 @@ from embeddings.training_data import TrainingSet
 from merging import lineage
 from merging.errors import CuveeError
 from merging.output import staged
+from merging.progress import Work
 
 if TYPE_CHECKING:
     import torch
 
     from embeddings.backbone import Backbone
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 #: Scores of the model as it is, by task.
 Evaluate = Callable[["Backbone"], Mapping[str, float]]
@@ -106,7 +104,7 @@ def train(
     open_backbone: Callable[[], Backbone],
     *,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Work | None = None,
     evaluate: Evaluate | None = None,
     sinks: Callable[[], Sequence[Sink]] = tuple,
     content: Mapping[str, Any] | None = None,
@@ -163,7 +161,7 @@ class _Session:
     backbone: Backbone
     optimizer: torch.optim.Optimizer
     metrics: Metrics
-    progress: Progress
+    progress: Work
     evaluate: Evaluate | None
 
     def run(self, state: dict[str, Any]) -> Trained:

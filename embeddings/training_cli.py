@@ -7,6 +7,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from merging.cli import DryRun, Json
+
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; cuda gives each worker a GPU of its own.")]
 Seed = Annotated[
     Optional[int], typer.Option(min=0, max=2**32 - 1, help="Instead of the configuration's.", show_default=False)
@@ -14,8 +16,6 @@ Seed = Annotated[
 Workers = Annotated[int, typer.Option(min=1, help="Members trained side by side.")]
 Log = Annotated[Optional[list[str]], typer.Option(help="Also to tensorboard or wandb.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Train again what is there.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; write nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of standard output.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -22,14 +22,15 @@ from numpy.typing import NDArray
 
 from embeddings.data_settings import GRADED, DataSettings
 from embeddings.result import write_whole
-from embeddings.set_builder import MARKER, Progress, SetBuilder, Tokenize
+from embeddings.set_builder import MARKER, SetBuilder, Tokenize
 from embeddings.source_digests import FileDigests, cache_key
 from embeddings.token_table import Ragged, TokenTable, mapped
 from embeddings.training_config import TrainingConfig
 from merging.errors import CuveeError
 from merging.output import staged
+from merging.progress import Work
 
-__all__ = ["GRADED", "Progress", "Tokenize", "TrainingSet", "load_sets", "read_texts", "write_rows"]
+__all__ = ["GRADED", "Tokenize", "TrainingSet", "load_sets", "read_texts", "write_rows"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def load_sets(
     config: TrainingConfig,
     tokenize: Tokenize,
     cache: Path,
-    progress: Progress | None = None,
+    progress: Work | None = None,
     *,
     data: Sequence[DataSettings] | None = None,
     transformer: Callable[[], Any] | None = None,

@@ -11,7 +11,7 @@ from typing import Any
 
 from embeddings import suite
 from embeddings.data_settings import DataSettings
-from embeddings.tables import raw_rows
+from embeddings.tables import as_number, raw_rows
 from merging.errors import CuveeError
 from merging.setting import did_you_mean, quoted
 
@@ -204,10 +204,7 @@ def _texts(value: Any, key: str, *, numbered: bool = False) -> list[str]:
 
 
 def _number(value: Any, key: str) -> float:
-    try:
-        number = float(value) if isinstance(value, str | int | float) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
+    number = as_number(value)
     if not math.isfinite(number):
         raise ValueError(f"'{key}' must be a finite number, not {value!r:.60}")
     return number

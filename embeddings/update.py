@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from embeddings import bag, training_config
 from embeddings.model import only_our_words
-from embeddings.train import Job, Progress
+from embeddings.train import Job
 from embeddings.training_config import DataSettings, TrainingConfig
 from embeddings.training_data import TrainingSet
 from merging import lineage
 from merging.errors import CuveeError
+from merging.progress import Work
 from merging.recipe import Recipe
 from merging.sources import ModelRef
 
@@ -61,7 +62,7 @@ def update_model(
     seed: int | None = None,
     options: bag.Options | None = None,
     dry_run: bool = False,
-    progress: Progress | None = None,
+    progress: Work | None = None,
     note: bag.Note | None = None,
 ) -> dict[str, Any]:
     """Trains the update model on new data and core set, and merges it into `model`.
@@ -101,7 +102,8 @@ def update_model(
         sets = bag.read_sets(settings, out, options, progress, note)
         job = _job(sets, settings, out, past)
         done = bag.train_member(settings, sets, job, options, progress, out)
-        new = [each for each in sets if each.name not in _names_of(past.core)]
+        old = _names_of(past.core)
+        new = [each for each in sets if each.name not in old]
         if past.percent and (options.force or not (out / bag.CORE / "data.yml").is_file()):
             bag.write_core(sets, _core_rows(settings, sets, new, past), out / bag.CORE)
         seen = None if past.rows is None else past.rows + sum(map(len, new))

@@ -19,11 +19,11 @@ from merging.errors import CuveeError
 
 if TYPE_CHECKING:
     from embeddings.bag import Options
-    from embeddings.train import Progress
+    from merging.progress import Work
 
 
 def train_side_by_side(
-    config: TrainingConfig, run: Path, names: Sequence[str], options: Options, progress: Progress
+    config: TrainingConfig, run: Path, names: Sequence[str], options: Options, progress: Work
 ) -> None:
     """Trains the members named, so many at a time as there are workers.
 

@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from merging.execution import Progress
+if TYPE_CHECKING:
+    from merging.execution import Progress
 
 _PATIENCE = 1.5  # seconds of work before a bar appears
 _LINE_EVERY = 10.0  # seconds, where there is no terminal for a bar

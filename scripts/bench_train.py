@@ -147,7 +147,8 @@ def with_cuvee(
         str(scratch / "config.yml"),
     )
     backbone = bag.open_backbone(config, options.device, seed)
-    tokenizer = bag.open_backbone(config, "cpu", seed)
+    tokenizer = bag.Tokenizer(config)
+    assert tokenizer.digest  # opened now, as the model is
     train.LOG_EVERY = 1
     times: list[float] = []
 
@@ -160,7 +161,7 @@ def with_cuvee(
 
     backbone.save = saved  # type: ignore[method-assign]
     cpu, wall = time.process_time(), time.perf_counter()
-    sets = bag.load_sets(config, _Tokenize(tokenizer), scratch / "data")
+    sets = bag.load_sets(config, tokenizer, scratch / "data")
     every = {sets[0].name: np.arange(len(sets[0]), dtype=np.int64)}
     work, out = scratch / "work", scratch / "out"
     done = train.train(config, sets, train.Job("all", every, 1.0, seed, work, out), opened)
@@ -177,15 +178,6 @@ def with_cuvee(
         "tokens": tokens,
         "weights": sum(p.numel() for p in matrices),
     }
-
-
-class _Tokenize:
-    def __init__(self, backbone: Any) -> None:
-        self.backbone, self.digest = backbone, backbone.tokenizer_digest
-
-    def __call__(self, texts: list[str], side: str, prompt: str | None) -> list[list[int]]:
-        found: list[list[int]] = self.backbone.tokenize(texts, side, prompt)
-        return found
 
 
 def product_rate(device: str) -> float:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from merging.errors import MergeError
+from merging.registries import load_installed
 
 _T = TypeVar("_T")
 
@@ -81,6 +82,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+_GROUP = "cuvee.methods"
 
 
 def method(
@@ -130,7 +132,7 @@ def get(name: str) -> Method:
         MergeError: no such method; names the nearest.
     """
     if name not in METHODS:
-        _load_entry_points()
+        load_installed(_GROUP)
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=3)
         mend = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(sorted(METHODS))}"
@@ -140,15 +142,8 @@ def get(name: str) -> Method:
 
 def known() -> dict[str, Method]:
     """All methods by name, those of installed packages included."""
-    _load_entry_points()
+    load_installed(_GROUP)
     return METHODS
-
-
-def _load_entry_points() -> None:
-    from importlib.metadata import entry_points
-
-    for entry in entry_points(group="cuvee.methods"):
-        entry.load()
 
 
 def declared_parameters(function: Callable[..., Any]) -> dict[str, Parameter]:

@@ -37,11 +37,10 @@ from embeddings.train import Job, Trained
 from embeddings.training_config import TrainingConfig
 from embeddings.training_data import TrainingSet
 from embeddings.update import update_model
+from merging.progress import Work
 
 IN_DOMAIN = "in-domain"
 _DRAW, _CORE_DRAW = 4, 5  # keep draws apart that share a seed
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Plan:
     negatives: int
     device: str
     keep: bool
-    progress: Progress
+    progress: Work
 
     @property
     def suite(self) -> Path:

@@ -122,7 +122,7 @@ def test_the_core_set_reads_back_as_the_rows_it_was_drawn_from(
 ) -> None:
     kept = np.load(run / "core" / "rows.npz")
     read = replace(config, data=data_settings(run / "core" / "data.yml"))
-    again = load_sets(read, bag._Tokenizer(config), tmp_path)
+    again = load_sets(read, bag.Tokenizer(config), tmp_path)
     for before, after in zip(sets, again, strict=True):
         rows = kept[before.name]
         assert len(rows) == len(after) == 4
