@@ -1,1 +1,1 @@
-"""Embedding models: for now `cuvee quickstart`, the whole of Cuvee's main job on small real data."""
+"""Embedding models: training, evaluation, and the quickstart that shows both on small real data."""

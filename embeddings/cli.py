@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from embeddings import training_cli
+from embeddings.training import cli as training_cli
 from merging.cli import DryRun, Json
 
 
@@ -67,7 +67,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score embedding models on tasks of MTEB and on your own, and compare them."""
-    from embeddings import evaluation
+    from embeddings.evaluation import evaluate as evaluation
     from merging.cli import finish, say
     from merging.errors import CuveeError
     from merging.progress import work_bars
@@ -140,7 +140,7 @@ def quickstart(
 
 
 def _check(suite: Path, as_json: bool) -> None:
-    from embeddings.suite_check import check
+    from embeddings.evaluation.suite_check import check
     from merging.cli import finish, say
     from merging.errors import CuveeError
 
@@ -175,7 +175,7 @@ def _prompts(given: list[str]) -> dict[str, str] | None:
 def _print(comparison: Any) -> None:
     from rich.console import Console
 
-    from embeddings.score_table import tables
+    from embeddings.evaluation.score_table import tables
 
     terminal = sys.stdout.isatty()
     console = Console(width=None if terminal else 240)

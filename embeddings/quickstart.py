@@ -26,7 +26,7 @@ from merging.output import staged
 from merging.progress import Work
 
 if TYPE_CHECKING:
-    from embeddings.comparison import Comparison
+    from embeddings.evaluation.comparison import Comparison
 
 TASKS = ("word", "phenotype", "intent")
 """Tasks of the suite that comes along, for the bags."""
@@ -83,8 +83,10 @@ def quickstart(
     """
     began = time.perf_counter()
     wait_passively()
-    from embeddings import bag, evaluation, training_config
-    from embeddings.update import update_model
+    from embeddings.evaluation import evaluate as evaluation
+    from embeddings.training import bag
+    from embeddings.training import config as training_config
+    from embeddings.training.update import update_model
 
     out = Path(out).absolute()
     progress, note = progress or (lambda what, done, total: None), note or (lambda line: None)

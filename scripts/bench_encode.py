@@ -64,7 +64,7 @@ def one_round(
     model: str, suite: Path | None, tasks: list[str] | None, changed: str, dtype: str
 ) -> dict[str, dict[str, Any]]:
     """Every peer once."""
-    from embeddings.suite import SHIPPED
+    from embeddings.evaluation.suite import SHIPPED
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -82,7 +82,7 @@ def with_mteb(model: str, suite: Path | None, tasks: list[str] | None, folder: P
     import mteb
     from sentence_transformers import SentenceTransformer
 
-    from embeddings.suite import load
+    from embeddings.evaluation.suite import load
 
     transformer = SentenceTransformer(model, device="cpu")
     scores = {}
@@ -97,7 +97,7 @@ def with_mteb(model: str, suite: Path | None, tasks: list[str] | None, folder: P
 
 
 def with_cuvee(model: str, suite: Path | None, tasks: list[str] | None, folder: Path, dtype: str) -> tuple[Scores, int]:
-    from embeddings.evaluation import Settings, evaluate, refuse_failures
+    from embeddings.evaluation.evaluate import Settings, evaluate, refuse_failures
 
     began = time.time()
     content, _ = evaluate([model], folder, names=tasks or (), suites=[suite], settings=Settings(dtype=dtype))

@@ -5,7 +5,7 @@
 Peers, both from texts to trained weights, without opening the model and without writing it:
 
     trainer   SentenceTransformerTrainer, MultipleNegativesRankingLoss(scale=20), its defaults otherwise
-    cuvee     the data set read and tokenised, then `embeddings.train`: infonce at temperature 0.05
+    cuvee     the data set read and tokenised, then `embeddings.training.train`: infonce at temperature 0.05
     floor     the matrix products of the texts' tokens, forward and backward, without padding: 6 operations a weight and
               token, at the rate of one large product of the same machine in the same minute
 
@@ -86,7 +86,7 @@ def one_round(model: str, task: str, size: int, options: argparse.Namespace, rep
 
 def pairs(task: str, count: int) -> list[dict[str, str]]:
     """Rows {query, positive} of a retrieval task's train split, again from the start where it is too small."""
-    from embeddings.suite import load
+    from embeddings.evaluation.suite import load
 
     rows = next(each for each in load() if each.name == task).read("train")
     rows = [{key: row[key] for key in ("query", "positive")} for row in rows]
@@ -137,7 +137,8 @@ def with_cuvee(
 ) -> dict[str, Any]:
     import numpy as np
 
-    from embeddings import bag, metrics, train, training_config
+    from embeddings.training import bag, metrics, train
+    from embeddings.training import config as training_config
 
     file = scratch / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from embeddings.suite_check import plain, question
+from embeddings.evaluation.suite_check import plain, question
 
 Row = dict[str, Any]
 Build = Callable[[Path, random.Random], Mapping[str, Sequence[Row]]]

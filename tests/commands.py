@@ -163,7 +163,12 @@ def _warm_up_training() -> None:
     """What training imports late: seconds of each process. Nothing is computed: threads do not survive a fork."""
     late = (
         *("torch.optim", "sentence_transformers.sentence_transformer.losses", "peft"),
-        *("transformers.models.bert.modeling_bert", "embeddings.update", "embeddings.workers", "embeddings.backbone"),
+        *(
+            "transformers.models.bert.modeling_bert",
+            "embeddings.training.update",
+            "embeddings.training.workers",
+            "embeddings.training.backbone",
+        ),
     )
     for name in late:
         with contextlib.suppress(ImportError):

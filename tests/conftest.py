@@ -48,7 +48,8 @@ def minilm_family(
     pytest.importorskip("sentence_transformers")
     import torch
 
-    from embeddings import bag, train, training_config
+    from embeddings.training import bag, train
+    from embeddings.training import config as training_config
 
     text = (
         "model: {model}\ndata: [{{suite: shipped, task: {task}, limit: 128, negatives: 1}}]\n"

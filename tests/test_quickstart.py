@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from embeddings import quickstart, suite
+from embeddings import quickstart
+from embeddings.evaluation import suite
 from merging.errors import CuveeError
 
 

@@ -27,10 +27,10 @@ from boom_arms import FIRST, MERGES, Arm, Strategy, chosen, rounds_of, static_ar
 from boom_lab import IN_DOMAIN, Lab, Plan, make_suite
 from boom_table import Record, rounds_table, static_table, task_table
 
-from embeddings import suite
+from embeddings.evaluation import suite
+from embeddings.evaluation.result import write_whole
 from embeddings.model import only_our_words, wait_passively
 from embeddings.quickstart import demo_model
-from embeddings.result import write_whole
 from merging.errors import CuveeError
 from merging.progress import work_bars
 

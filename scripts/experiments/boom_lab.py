@@ -31,12 +31,15 @@ import yaml
 from boom_arms import CORE, MERGES, Arm, Member, Strategy, member_of_round
 from boom_table import Record, chosen_rate, mean
 
-from embeddings import bag, evaluation, suite, training_config
-from embeddings.result import write_whole
-from embeddings.train import Job, Trained
-from embeddings.training_config import TrainingConfig
-from embeddings.training_data import TrainingSet
-from embeddings.update import update_model
+from embeddings.evaluation import evaluate as evaluation
+from embeddings.evaluation import suite
+from embeddings.evaluation.result import write_whole
+from embeddings.training import bag
+from embeddings.training import config as training_config
+from embeddings.training.config import TrainingConfig
+from embeddings.training.data import TrainingSet
+from embeddings.training.train import Job, Trained
+from embeddings.training.update import update_model
 from merging.progress import Work
 
 IN_DOMAIN = "in-domain"

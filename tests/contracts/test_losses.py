@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from embeddings import losses
-from embeddings.losses import LOSSES, LossEntry, Targets
-from embeddings.suite import KINDS
+from embeddings.evaluation.suite import KINDS
+from embeddings.training import losses
+from embeddings.training.losses import LOSSES, LossEntry, Targets
 from merging.errors import CuveeError
 from tests.oracles.losses import ORACLES, oracle
 
@@ -104,7 +104,7 @@ def test_every_type_of_task_has_one_default() -> None:
 
 
 def test_every_loss_of_ours_has_an_oracle_and_settings() -> None:
-    ours = {name for name, entry in LOSSES.items() if entry.function.__module__ == "embeddings.losses"}
+    ours = {name for name, entry in LOSSES.items() if entry.function.__module__ == "embeddings.training.losses"}
     assert ours == set(SETTINGS) == set(ORACLES)
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embeddings import schedule
-from embeddings.schedule import SCHEDULES, Part, Schedule, Step
+from embeddings.training import schedule
+from embeddings.training.schedule import SCHEDULES, Part, Schedule, Step
 from merging.errors import CuveeError
 
 EVERY = pytest.mark.parametrize("name", SCHEDULES)

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from embeddings import bag, suite
-from embeddings.backbone import Backbone
-from embeddings.bag import Options
-from embeddings.training_config import TrainingConfig, load
-from embeddings.training_data import TrainingSet
+from embeddings.evaluation import suite
+from embeddings.training import bag
+from embeddings.training.backbone import Backbone
+from embeddings.training.bag import Options
+from embeddings.training.config import TrainingConfig, load
+from embeddings.training.data import TrainingSet
 
 Rows = list[dict[str, Any]]
 

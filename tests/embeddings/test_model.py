@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from embeddings.encoder import Encoder
+from embeddings.evaluation.encoder import Encoder
 from embeddings.model import EmbeddingModel, labels, open_model
 from merging.errors import CuveeError
 

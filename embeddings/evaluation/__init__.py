@@ -1,0 +1,1 @@
+"""From models and tasks to a table of scores with intervals."""

@@ -1,0 +1,65 @@
+"""Checkpoints of a training run: weights, optimiser and step, in safetensors and JSON; whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merging.checkpoint import read_json
+from merging.errors import CuveeError
+from merging.output import put_back, staged
+
+if TYPE_CHECKING:
+    import torch
+
+    from embeddings.training.backbone import Backbone
+
+_STATE = "state.json"
+_WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
+
+
+def save(folder: Path, backbone: Backbone, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Replaces the folder's checkpoint.
+
+    Args:
+        state: step, what the run is made by, and whatever else is wanted back; plain.
+    """
+    from safetensors.torch import save_file
+
+    with staged(folder, force=True, marker=_STATE) as staging:
+        save_file({name: tensor.contiguous() for name, tensor in backbone.state().items()}, staging / _WEIGHTS)
+        save_file(_moments(backbone, optimizer), staging / _OPTIMIZER)
+        (staging / _STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def load(folder: Path, backbone: Backbone, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """What `save` wrote, weights and optimiser put back in place; None where there is no checkpoint.
+
+    Raises:
+        CuveeError: it is of another model, or damaged.
+    """
+    from safetensors.torch import load_file
+
+    put_back(folder)
+    if not (folder / _STATE).is_file():
+        return None
+    try:
+        weights, moments = load_file(folder / _WEIGHTS), load_file(folder / _OPTIMIZER)
+    except Exception as error:  # safetensors' own kinds
+        raise CuveeError(f"cannot be read: {error}", where=str(folder), mend="remove it, to begin anew") from None
+    backbone.load_state(weights, where=str(folder))
+    for name, parameter in backbone.named_parameters():
+        own = {key.rpartition("/")[2]: tensor for key, tensor in moments.items() if key.rpartition("/")[0] == name}
+        if own:
+            optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in own.items()}
+    return read_json(folder / _STATE)
+
+
+def _moments(backbone: Backbone, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{key}": tensor.contiguous()
+        for name, parameter in backbone.named_parameters()
+        for key, tensor in optimizer.state.get(parameter, {}).items()
+    }

@@ -1,0 +1,122 @@
+"""The commands `cuvee train` and `update`: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from merging.cli import DryRun, Json
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; cuda gives each worker a GPU of its own.")]
+Seed = Annotated[
+    Optional[int], typer.Option(min=0, max=2**32 - 1, help="Instead of the configuration's.", show_default=False)
+]
+Workers = Annotated[int, typer.Option(min=1, help="Members trained side by side.")]
+Log = Annotated[Optional[list[str]], typer.Option(help="Also to tensorboard or wandb.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Train again what is there.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this module's commands to the front door."""
+    app.command()(train)
+    app.command()(update)
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="The configuration, a YAML.", readable=False)],
+    run: Annotated[Path, typer.Argument(help="The run's folder; what is in it is not made again.", readable=False)],
+    device: Device = "cpu",
+    seed: Seed = None,
+    workers: Workers = 1,
+    log: Log = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Train an embedding model, or several on bags of the data that are merged into one."""
+    from dataclasses import replace
+
+    from embeddings.model import wait_passively
+    from embeddings.training import config as training_config
+    from embeddings.training import metrics
+
+    wait_passively()
+    metrics.refuse_unknown(log or ())
+    settings = training_config.load(config)
+    settings = settings if seed is None else replace(settings, seed=seed)
+    from embeddings.training import bag
+    from merging.cli import finish, say
+    from merging.progress import work_bars
+
+    options = bag.Options(device=device, workers=workers, force=force, logs=tuple(log or ()))
+    with work_bars() as progress:
+        if dry_run:
+            result = bag.plan(settings, run, options=options, progress=progress)
+        else:
+            result = bag.train_run(settings, run, options=options, progress=progress, note=say)
+    _tell(result, as_json)
+    finish(result, as_json)
+
+
+def update(
+    model: Annotated[Path, typer.Argument(help="A model of `cuvee train` or `update`, or any with --base and --core.")],
+    data: Annotated[Path, typer.Option(help="The new data: a table, or a YAML with a data: list.")],
+    out: Annotated[Path, typer.Option(help="The run's folder; the new model is in its model/.", readable=False)],
+    base: Annotated[Optional[str], typer.Option(help="What training starts from.", show_default=False)] = None,
+    core: Annotated[Optional[Path], typer.Option(help="Some old data: a table or a YAML.", show_default=False)] = None,
+    config: Annotated[
+        Optional[Path], typer.Option(help="Settings of the training, instead of the model's own.", show_default=False)
+    ] = None,
+    device: Device = "cpu",
+    seed: Seed = None,
+    log: Log = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Teach a model new data and keep what it knew, at a fraction of a new training."""
+    from embeddings.model import wait_passively
+
+    wait_passively()
+    from embeddings.training import bag, metrics
+    from embeddings.training.update import update_model
+    from merging.cli import finish, say
+    from merging.progress import work_bars
+
+    metrics.refuse_unknown(log or ())
+    options = bag.Options(device=device, force=force, logs=tuple(log or ()))
+    with work_bars() as progress:
+        result = update_model(
+            model,
+            data,
+            out,
+            base=base,
+            core=core,
+            config=config,
+            seed=seed,
+            options=options,
+            dry_run=dry_run,
+            progress=progress,
+            note=say,
+        )
+    _tell(result, as_json)
+    finish(result, as_json)
+
+
+def _tell(result: dict[str, Any], as_json: bool) -> None:
+    """What was done and what it cost, in one line each."""
+    from merging.cli import say
+
+    if as_json:
+        return
+    if result.get("dry_run"):
+        counted = {"model": len(result["members"]), "step": result["steps"], "row": result["cost"]}
+        models, steps, rows = (f"{count:,} {noun}{'s' * (count != 1)}" for noun, count in counted.items())
+        say(f"would train {models} in {steps}: {rows}")
+        return
+    rate = f"{result['pairs_per_second']:g} rows a second"
+    say(f"{result['model']}: {result['steps']} steps, {result['cost']:,} rows, {rate}, loss {result['loss']:.4f}")
+    if full := result.get("cost_full_retraining"):
+        say(f"an update for {result['cost'] / full:.0%} of a full retraining ({full:,} rows)")

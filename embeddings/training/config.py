@@ -1,0 +1,406 @@
+"""TrainingConfig: what `cuvee train CONFIG.yml RUN` is told; typed, every mistake with its line and its mend.
+
+    model: ../models/minilm            # or {path, revision, pooling, lora: {r: 32, alpha: 32}, dtype: bfloat16, …}
+    data:                              # see embeddings/training/data_settings.py
+      - suite: shipped
+      - file: pairs.jsonl.gz
+    schedule: batch_level              # which batch comes next
+    loss: {temperature: 0.02, matryoshka: [384, 128]}   # defaults for all data sets
+    batch_size: 128
+    epochs: 1                          # or steps: N
+    learning_rate: 5.0e-5
+    max_length: {query: 64, document: 256}   # tokens; or one number for both
+    bags: [40, 60, 80, 100]            # % of each data set, a member each; "complement": what the one before left out
+    merge: multislerp
+    evaluate: {suite: shipped, every: 200, split: validation}
+
+Relative paths start from the configuration's folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from embeddings.evaluation import suite
+from embeddings.training.config_check import check_data_loss, refuse_unknown_names
+from embeddings.training.data_settings import (
+    SIDES,
+    DataSettings,
+    LossSettings,
+    MiningSettings,
+    data_file,
+    data_list,
+    loss_settings,
+    suite_folder,
+)
+from embeddings.training.fields import (
+    choice,
+    flag,
+    given,
+    mapping,
+    number,
+    number_of,
+    parameters,
+    text,
+    text_of,
+    texts,
+    told_as,
+)
+from merging import node
+from merging.errors import CuveeError
+from merging.node import Node
+from merging.recipe import read_file
+from merging.setting import did_you_mean, quoted, refuse_unknown_keys
+
+__all__ = [
+    "COMPLEMENT",
+    "DataSettings",
+    "EvaluationSettings",
+    "LoraSettings",
+    "LossSettings",
+    "MergeSettings",
+    "MiningSettings",
+    "ModelSettings",
+    "TrainingConfig",
+    "data_settings",
+    "load",
+    "parse",
+]
+
+COMPLEMENT = "complement"
+POOLINGS = ("mean", "cls", "lasttoken")
+DTYPES = ("float32", "bfloat16")
+_NOUN = "configuration"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters instead of full fine-tuning.
+
+    Attributes:
+        targets: "all-linear", or the ends of module names.
+    """
+
+    r: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The backbone and how it turns tokens into a vector.
+
+    Attributes:
+        path: an absolute folder, or a hub id.
+        pooling: "mean", "cls" or "lasttoken"; None: as the folder says, else the kind of backbone.
+        normalize: None: as the folder says, else true.
+        bidirectional: a decoder's tokens see those after them too.
+        append_eos: a decoder's texts end with EOS, where the tokenizer adds none.
+        dtype: of the arithmetic; the weights that are trained are float32 always.
+    """
+
+    path: str
+    revision: str | None = None
+    pooling: str | None = None
+    normalize: bool | None = None
+    bidirectional: bool = False
+    append_eos: bool = True
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+    lora: LoraSettings | None = None
+    gradient_checkpointing: bool = False
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """How the members become one: a method of `merging.methods`, and its parameters."""
+
+    method: str = "multislerp"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Evaluation during training.
+
+    Attributes:
+        suite: its folder; None for the one that ships.
+        tasks: their names, at least one; each has the split.
+        every: steps.
+    """
+
+    suite: str | None
+    tasks: tuple[str, ...]
+    every: int = 200
+    split: str = "validation"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A training run.
+
+    Attributes:
+        data: at least one; names differ.
+        schedule: a name of `embeddings.training.schedule`.
+        loss: defaults for all data sets.
+        batch_size: rows.
+        epochs, steps: one of them is None.
+        warmup: share of the steps in [0, 1].
+        max_length: tokens by "query" and "document".
+        gradient_clip: the norm's bound; 0 for none.
+        gradient_cache: tokens a chunk; 0: the whole batch at once.
+        bags: a member each: % of each data set in (0, 100], or "complement"; (): one model on everything.
+        merge_weights: "size" or "equal".
+        core: % of the data that is kept for later updates, in [0, 100].
+        save_every: steps between checkpoints; 0 for none.
+        where: the file's name; `at` has the lines.
+        text: the YAML.
+    """
+
+    model: ModelSettings
+    data: tuple[DataSettings, ...]
+    schedule: str = "batch_level"
+    loss: LossSettings = field(default_factory=LossSettings)
+    batch_size: int = 128
+    epochs: float | None = 1.0
+    steps: int | None = None
+    learning_rate: float = 5e-5
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    max_length: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SIDES, 512))
+    gradient_clip: float = 1.0
+    gradient_cache: int = 0
+    seed: int = 0
+    bags: tuple[float | str, ...] = ()
+    merge: MergeSettings = field(default_factory=MergeSettings)
+    merge_weights: str = "size"
+    core: float = 40.0
+    evaluate: EvaluationSettings | None = None
+    save_every: int = 200
+    where: str = field(default="configuration", compare=False)
+    text: str = field(default="", compare=False, repr=False)
+    lines: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def at(self, key: str) -> str:
+        """Where the configuration says it: "config.yml:3"; the file where it says nothing."""
+        return self.lines.get(key, self.where)
+
+    def plain(self) -> dict[str, Any]:
+        """All settings that a result follows from, the defaults too, as JSON knows them; equal for equal runs."""
+        found = _without_places(asdict(self))
+        return {key: value for key, value in found.items() if key not in ("text", "lines")}
+
+
+def load(file: str | os.PathLike[str]) -> TrainingConfig:
+    """Reads a configuration's file.
+
+    Raises:
+        CuveeError: not readable, or it says something impossible.
+    """
+    with told_as(_NOUN):
+        return parse(read_file(file), os.fspath(file))
+
+
+def parse(yaml: str, where: str = "configuration") -> TrainingConfig:
+    """Reads a configuration's text; mistakes are told at `where:line`, and relative paths start from where's folder.
+
+    Raises:
+        CuveeError: not YAML, or it says something impossible.
+    """
+    with told_as(_NOUN):
+        root = node.read(yaml, where)
+        if not isinstance(root.value, dict):
+            raise CuveeError("is no mapping", where=root.where, mend="write at least 'model:' and 'data:'")
+        known = [each.name for each in fields(TrainingConfig) if each.name not in ("where", "text", "lines")]
+        refuse_unknown_keys(root, known, "a configuration")
+        near = Path(where).parent
+        config = TrainingConfig(
+            model=_model(root, near),
+            data=_data(root, near),
+            schedule=text(root, "schedule", TrainingConfig.schedule),
+            loss=loss_settings(given(root, "loss")) or LossSettings(),
+            batch_size=number(root, "batch_size", TrainingConfig.batch_size, low=1, whole=True),
+            **_duration(root),
+            learning_rate=number(root, "learning_rate", TrainingConfig.learning_rate, above=0),
+            warmup=number(root, "warmup", TrainingConfig.warmup, low=0, high=1),
+            weight_decay=number(root, "weight_decay", TrainingConfig.weight_decay, low=0),
+            max_length=_max_length(root),
+            gradient_clip=number(root, "gradient_clip", TrainingConfig.gradient_clip, low=0),
+            gradient_cache=number(root, "gradient_cache", TrainingConfig.gradient_cache, low=0, whole=True),
+            seed=number(root, "seed", TrainingConfig.seed, low=0, high=2**32 - 1, whole=True),
+            bags=_bags(root),
+            merge=_merge(root),
+            merge_weights=choice(root, "merge_weights", ("size", "equal"), TrainingConfig.merge_weights),
+            core=number(root, "core", TrainingConfig.core, low=0, high=100),
+            evaluate=_evaluation(root, near),
+            save_every=number(root, "save_every", TrainingConfig.save_every, low=0, whole=True),
+            where=where,
+            text=yaml,
+            lines={key: item.where for key, item in root.value.items()},
+        )
+    refuse_unknown_names(config)
+    return config
+
+
+def data_settings(path: str | os.PathLike[str]) -> tuple[DataSettings, ...]:
+    """What `--data` names: a YAML with a `data:` list (or that list alone), or a bare table of pairs.
+
+    Raises:
+        CuveeError: not readable, or it says something impossible.
+    """
+    file = Path(path)
+    if file.suffix.lower() not in (".yml", ".yaml"):
+        if not file.is_file():
+            raise CuveeError("no such file", where=str(file), mend="give a table, or a YAML with a 'data:' list")
+        return (data_file(file),)
+    with told_as(_NOUN):
+        root = node.read(read_file(file), str(file))
+        if isinstance(root.value, list):
+            root = Node({"data": root}, root.where)
+        if not isinstance(root.value, dict):
+            raise CuveeError("is no mapping", where=root.where, mend="write 'data:' and a list of data sets")
+        found = _data(root, file.parent)
+    for data in found:
+        check_data_loss(data, {})
+    return found
+
+
+def _data(root: Node, near: Path) -> tuple[DataSettings, ...]:
+    data = given(root, "data")
+    if data is None:
+        raise CuveeError("has no 'data'", where=root.where, mend="write 'data: [{suite: shipped}]', say")
+    return data_list(data, near)
+
+
+def _model(root: Node, near: Path) -> ModelSettings:
+    model = given(root, "model")
+    if model is None:
+        raise CuveeError("has no 'model'", where=root.where, mend="write 'model: FOLDER', or a hub id")
+    if not isinstance(model.value, dict):
+        return ModelSettings(_model_path(model, near), where=model.where)
+    refuse_unknown_keys(model, [each.name for each in fields(ModelSettings) if each.name != "where"], "'model'")
+    path = given(model, "path")
+    if path is None:
+        raise CuveeError("'model' has no 'path'", where=model.where, mend="add 'path:', a folder or a hub id")
+    return ModelSettings(
+        path=_model_path(path, near),
+        revision=text(model, "revision", None),
+        pooling=choice(model, "pooling", POOLINGS, None),
+        normalize=flag(model, "normalize", None),
+        bidirectional=flag(model, "bidirectional", ModelSettings.bidirectional),
+        append_eos=flag(model, "append_eos", ModelSettings.append_eos),
+        dtype=choice(model, "dtype", DTYPES, ModelSettings.dtype),
+        trust_remote_code=flag(model, "trust_remote_code", ModelSettings.trust_remote_code),
+        lora=_lora(model),
+        gradient_checkpointing=flag(model, "gradient_checkpointing", ModelSettings.gradient_checkpointing),
+        where=path.where,
+    )
+
+
+def _model_path(path: Node, near: Path) -> str:
+    name = text_of(path, "model")
+    for folder in (near, Path()):
+        found = folder / os.path.expanduser(name)
+        if found.is_dir():
+            return os.path.abspath(found)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:  # no hub id
+        raise CuveeError(f"no such model: {name}", where=path.where, mend=f"it is looked for in {near}")
+    return name
+
+
+def _lora(model: Node) -> LoraSettings | None:
+    lora = mapping(model, "lora", "{r: 32}")
+    if lora is None:
+        return None
+    refuse_unknown_keys(lora, [each.name for each in fields(LoraSettings)], "'lora'")
+    targets: str | tuple[str, ...] = tuple(name for name, _ in texts(lora, "targets")) or LoraSettings.targets
+    return LoraSettings(
+        r=number(lora, "r", LoraSettings.r, low=1, whole=True),
+        alpha=number(lora, "alpha", LoraSettings.alpha, above=0),
+        dropout=number(lora, "dropout", LoraSettings.dropout, low=0, high=1),
+        targets=LoraSettings.targets if targets == (LoraSettings.targets,) else targets,
+    )
+
+
+def _duration(root: Node) -> dict[str, Any]:
+    epochs = number(root, "epochs", None, above=0)
+    steps = number(root, "steps", None, low=1, whole=True)
+    if epochs is not None and steps is not None:
+        raise CuveeError("'epochs' and 'steps' exclude each other", where=root.value["steps"].where, mend="keep one")
+    return {"epochs": 1.0 if steps is None and epochs is None else epochs, "steps": steps}
+
+
+def _max_length(root: Node) -> dict[str, int]:
+    length, default = given(root, "max_length"), 512
+    if length is None or not isinstance(length.value, dict):
+        return dict.fromkeys(SIDES, number(root, "max_length", default, low=2, whole=True))
+    refuse_unknown_keys(length, SIDES, "'max_length'")
+    return {side: number(length, side, default, low=2, whole=True) for side in SIDES}
+
+
+def _bags(root: Node) -> tuple[float | str, ...]:
+    bags = given(root, "bags")
+    if bags is None:
+        return ()
+    if not isinstance(bags.value, list) or not bags.value:
+        mend = "write 'bags: [40, 60, 80, 100]'"
+        raise CuveeError(f"'bags' must be a list of percentages, not {bags}", where=bags.where, mend=mend)
+    found: list[float | str] = []
+    for item in bags.value:
+        if isinstance(item.value, str) and not item.value[:1].isdigit():
+            if item.value != COMPLEMENT:
+                mend = did_you_mean(item.value, [COMPLEMENT], f"write a percentage, or '{COMPLEMENT}'")
+                raise CuveeError(f"'{item.value}' is no bag", where=item.where, mend=mend)
+            if not found or found[-1] == COMPLEMENT or found[-1] == 100:
+                what = "a complement has no part before it" if not found or found[-1] == COMPLEMENT else ""
+                what = what or "the complement of 100 % is empty"
+                raise CuveeError(what, where=item.where, mend=f"write 'bags: [50, {COMPLEMENT}]'")
+            found.append(COMPLEMENT)
+        else:
+            found.append(number_of(item, "bags", above=0, high=100))
+    return tuple(found)
+
+
+def _merge(root: Node) -> MergeSettings:
+    merge = given(root, "merge")
+    if merge is None:
+        return MergeSettings()
+    if not isinstance(merge.value, dict):
+        return MergeSettings(text_of(merge, "merge"), where=merge.where)
+    refuse_unknown_keys(merge, ("method", "parameters"), "'merge'")
+    values = mapping(merge, "parameters", "{density: 0.5}")
+    found = parameters(values.value, "the merge") if values else {}
+    return MergeSettings(text(merge, "method", MergeSettings.method), found, merge.where)
+
+
+def _evaluation(root: Node, near: Path) -> EvaluationSettings | None:
+    evaluate = mapping(root, "evaluate", "{suite: shipped, every: 200}")
+    if evaluate is None:
+        return None
+    refuse_unknown_keys(evaluate, [each.name for each in fields(EvaluationSettings)], "'evaluate'")
+    folder = suite_folder(evaluate, near)
+    split = choice(evaluate, "split", suite.SPLITS, EvaluationSettings.split)
+    tasks = {task.name: task for task in suite.load(folder)}
+    able = [name for name, task in tasks.items() if split in task.splits]
+    for name, where in texts(evaluate, "tasks"):
+        if name not in able:
+            has = f"has no {split} split" if name in tasks else "is no task of the suite"
+            raise CuveeError(f"'{name}' {has}", where=where, mend=did_you_mean(name, able, f"it has {quoted(able)}"))
+    chosen = tuple(name for name, _ in texts(evaluate, "tasks")) or tuple(able)
+    if not chosen:
+        raise CuveeError(f"no task of the suite has a {split} split", where=evaluate.where, mend="choose another split")
+    every = number(evaluate, "every", EvaluationSettings.every, low=1, whole=True)
+    return EvaluationSettings(folder, chosen, every, split)
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_places(item) for key, item in value.items() if key != "where"}
+    return [_without_places(item) for item in value] if isinstance(value, list | tuple) else value
