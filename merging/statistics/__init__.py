@@ -1,0 +1,21 @@
+"""Statistics of a model on a few texts: which of its weights matter, and what its linear layers read."""
+
+from merging.statistics.folder import (
+    KINDS,
+    Statistics,
+    StatsError,
+    combine,
+    fingerprint,
+    open_statistics,
+    write_statistics,
+)
+
+__all__ = [
+    "KINDS",
+    "Statistics",
+    "StatsError",
+    "combine",
+    "fingerprint",
+    "open_statistics",
+    "write_statistics",
+]
