@@ -7,7 +7,7 @@ clustering have only their own negatives (BOOM, arXiv 2602.05787; FlagEmbedding 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,12 +192,3 @@ def _add(texts: list[NDArray[np.int32]], table: Any, ids: NDArray[np.int64]) -> 
     first = len(texts)
     texts.extend(table[index] for index in distinct)
     return first + inverse.astype(np.int64)
-
-
-def counts(step: Step, sets: Sequence[TrainingSet]) -> Mapping[str, int]:
-    """Rows by data set's name."""
-    found: dict[str, int] = {}
-    for part in step:
-        name = sets[part.dataset].name
-        found[name] = found.get(name, 0) + len(part.rows)
-    return found

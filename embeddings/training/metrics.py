@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from embeddings.evaluation.result import write_whole
 from merging.errors import CuveeError
 
@@ -48,6 +50,19 @@ def read(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return found
+
+
+def last_loss(file: Path, steps: int) -> float:
+    """The mean loss of a run's last steps; NaN where there is none.
+
+    A line counts as often as it has steps among them: the last one of a run may stand for fewer than the others.
+    """
+    lines = [line for line in read(file) if "loss" in line]
+    if not lines:
+        return float("nan")
+    begin = max(0, lines[-1]["step"] - steps)
+    counts = np.diff([begin, *(max(begin, line["step"]) for line in lines)])
+    return round(float(np.average([line["loss"] for line in lines], weights=counts)), 6)
 
 
 def refuse_unknown(names: Iterable[str]) -> None:

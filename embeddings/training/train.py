@@ -25,7 +25,7 @@ from embeddings.training import checkpointing, schedule, step
 from embeddings.training.batch import build_batch, objectives
 from embeddings.training.config import TrainingConfig
 from embeddings.training.data import TrainingSet
-from embeddings.training.metrics import Metrics, Sink, read
+from embeddings.training.metrics import Metrics, Sink, last_loss
 from embeddings.training.schedule import Part, Schedule
 from merging import lineage
 from merging.errors import CuveeError
@@ -196,7 +196,7 @@ class _Session:
         self.progress(f"train {self.job.name}", total, total)
         self.backbone.transformer.eval()
         seconds = earlier + time.perf_counter() - began
-        return Trained(total, rows, seconds, _last_loss(self.job.work / METRICS))
+        return Trained(total, rows, seconds, last_loss(self.job.work / METRICS, _LAST))
 
     def _rows_of(self, parts: Sequence[Part]) -> tuple[Part, ...]:
         """The schedule counts rows of the bag; the sets those of the data."""
@@ -346,12 +346,6 @@ def _known(out: Path, made_by: Mapping[str, Any]) -> Trained:
         raise CuveeError("was trained on other data or with other settings", where=str(out), mend=mend)
     numbers = past["training"]
     return Trained(int(numbers["steps"]), int(numbers["rows"]), float(numbers["seconds"]), float(numbers["loss"]))
-
-
-def _last_loss(metrics: Path) -> float:
-    lines = [line for line in read(metrics) if "loss" in line]
-    last = [line["loss"] for line in lines[-_LAST // LOG_EVERY :]]
-    return round(float(np.mean(last)), 6) if last else float("nan")
 
 
 def _write_lineage(folder: Path, content: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embeddings.training.config import TrainingConfig
+from merging.engine import default_threads
 from merging.errors import CuveeError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _threads(workers: int) -> int:
     """Of each worker: its share of the cores, and no more than the user allows one process."""
     import torch
 
-    return max(1, min(int(torch.get_num_threads()), len(os.sched_getaffinity(0)) // workers))
+    return max(1, min(int(torch.get_num_threads()), default_threads() // workers))
 
 
 def _die_with_parent() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from embeddings.training.metrics import Metrics, read, sinks
+from embeddings.training.metrics import Metrics, last_loss, read, sinks
 from merging.errors import CuveeError
 
 
@@ -43,6 +43,20 @@ def test_what_a_resumed_run_does_again_is_dropped(tmp_path: Path, cut: str) -> N
     again.write({"step": 30})
     assert [line["step"] for line in read(file)] == [10, 20, 20, 30]
     assert not [left for left in tmp_path.iterdir() if left != file]
+
+
+def test_the_last_loss_is_the_mean_over_steps_and_not_over_lines(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    metrics = Metrics(file)
+    assert last_loss(file, 50) != last_loss(file, 50)  # NaN
+    losses = [float(step % 7) for step in range(1, 68)]
+    for begin in range(0, 67, 10):
+        own = losses[begin : begin + 10]
+        metrics.write({"step": begin + len(own), "loss": sum(own) / len(own)})
+        metrics.write({"step": begin + len(own), "scores": {}})
+    assert last_loss(file, 67) == last_loss(file, 100) == round(sum(losses) / 67, 6)
+    assert last_loss(file, 47) == round(sum(losses[20:]) / 47, 6)
+    assert last_loss(file, 7) == round(sum(losses[60:]) / 7, 6)
 
 
 def test_sinks_are_told_every_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -28,6 +29,16 @@ def test_two_workers_train_what_one_does(minilm: Path, tmp_path: Path) -> None:
         if part != "model":
             assert metrics(tmp_path / "1" / part) == metrics(tmp_path / "2" / part)
     shutil.rmtree(tmp_path)
+
+
+def test_where_no_affinity_is_known_the_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
+    from embeddings.training import workers
+
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 6)
+    assert [workers._threads(count) for count in (1, 2, 16)] == [6, 4, 1]
 
 
 def test_a_workers_mistake_is_one_line_and_the_rest_goes_on_next_time(minilm: Path, tmp_path: Path) -> None:
