@@ -26,14 +26,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from merging.checkpoint import CheckpointWriter
 
-METHODS: dict[str, tuple[dict, dict]] = {  # method: (parameters of the merge, of each model)
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # method: (parameters of the merge, of each model)
     "linear": ({}, {"weight": 1.0}),
     "task_arithmetic": ({}, {"weight": 0.5}),
     "slerp": ({"t": 0.5}, {}),
@@ -82,7 +84,7 @@ def main() -> None:
     (options.folder / "bench_merge.json").write_text(json.dumps({"rows": rows, "start_up": seconds}, indent=2))
 
 
-def line(row: dict) -> str:
+def line(row: dict[str, Any]) -> str:
     ours, theirs = row["cuvee"], row.get("mergekit")
     peer = "fails | –" if "mergekit" in row else "– | –"
     if theirs:
@@ -93,7 +95,7 @@ def line(row: dict) -> str:
     )
 
 
-def bench(folder: Path, models: list[Path], method: str, repeats: int, with_mergekit: bool) -> dict:
+def bench(folder: Path, models: list[Path], method: str, repeats: int, with_mergekit: bool) -> dict[str, Any]:
     """Median wall and CPU seconds of each peer."""
     recipe, used = write_recipe(folder, models, method)
     inputs = [str(f) for m in used for f in sorted(m.glob("*.safetensors"))]
@@ -151,7 +153,7 @@ def write_recipe(folder: Path, models: list[Path], method: str) -> tuple[Path, l
     if method == "slerp":
         entries = [{"model": str(m)} for m in used[1:]]
     dtype = "float32" if "minilm" in models[0].name else "bfloat16"
-    recipe = {"merge_method": method, "models": entries, "dtype": dtype}
+    recipe: dict[str, Any] = {"merge_method": method, "models": entries, "dtype": dtype}
     recipe |= {} if plain else {"base_model": str(models[0])}
     recipe |= {"parameters": shared} if shared else {}
     file = folder / f"{method}.yml"
@@ -167,7 +169,7 @@ def make_models(folder: Path, work: str) -> list[Path]:
     return [make_model(folder / f"{work}-{model}", shapes, model, config(work)) for model in range(4)]
 
 
-def make_model(folder: Path, shapes: Shapes, model: int, config: dict) -> Path:
+def make_model(folder: Path, shapes: Shapes, model: int, config: dict[str, Any]) -> Path:
     if (folder / "config.json").exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -195,15 +197,17 @@ def copy_of_minilm(folder: Path, model: int) -> Path:
     return folder
 
 
-def moved(values: np.ndarray, number: int, model: int) -> np.ndarray:
+def moved(values: NDArray[np.float32], number: int, model: int) -> NDArray[np.float32]:
     """A tensor of the base as one of the models has it: a tenth of a typical weight away."""
     if model == 0:
         return values
-    change = np.random.default_rng([number, model]).standard_normal(values.shape, dtype=np.float32)
-    return values + change * np.float32(0.002)
+    change: NDArray[np.float32] = np.random.default_rng([number, model]).standard_normal(values.shape, np.float32)
+    change *= np.float32(0.002)
+    change += values
+    return change
 
 
-def config(work: str) -> dict:
+def config(work: str) -> dict[str, Any]:
     """What mergekit needs to see."""
     hidden, intermediate, layers, vocabulary = LLAMAS.get(work, (512, 512, 100, 100))
     return {

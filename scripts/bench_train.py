@@ -139,6 +139,7 @@ def with_cuvee(
 
     from embeddings.training import bag, metrics, train
     from embeddings.training import config as training_config
+    from embeddings.training.data import load_sets
 
     file = scratch / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -160,9 +161,9 @@ def with_cuvee(
     def saved(_: Any) -> None:
         times.append(time.perf_counter())
 
-    backbone.save = saved  # type: ignore[method-assign]
+    backbone.save = saved  # type: ignore[method-assign, assignment]
     cpu, wall = time.process_time(), time.perf_counter()
-    sets = bag.load_sets(config, tokenizer, scratch / "data")
+    sets = load_sets(config, tokenizer, scratch / "data")
     every = {sets[0].name: np.arange(len(sets[0]), dtype=np.int64)}
     work, out = scratch / "work", scratch / "out"
     done = train.train(config, sets, train.Job("all", every, 1.0, seed, work, out), opened)

@@ -168,10 +168,10 @@ def rows_of(folder: str, *columns: str, splits: Sequence[str] = SPLITS) -> Build
 def functions(source: Path, rng: random.Random) -> dict[str, list[Row]]:
     """Docstring and function, of Apache packages only; the test packages are not those of training."""
     rows = rows_of("code-docstring-function", "query", "positive", "pkg")(source, rng)
-    return {split: [row for row in rows[split] if row["pkg"] in APACHE] for split in rows}
+    return {split: [row for row in own if row["pkg"] in APACHE] for split, own in rows.items()}
 
 
-def intents(source: Path, rng: random.Random) -> dict[str, list[Row]]:
+def intents(source: Path, rng: random.Random) -> Mapping[str, Sequence[Row]]:
     return rows_of("home-intents-en", "text", "label")(source, rng)
 
 
@@ -298,8 +298,9 @@ def shipped_suite() -> list[Task]:
         ),
         Task(
             *("sentiment", "Regression", "in-domain", "How favourable a sentence of a review is, graded by people"),
-            *(("MIT", "https://github.com/cjhutto/vaderSentiment"),),
-            *(rows_of("graded-sentiment-amazon", "text", "score"), {"train": 2000, "test": 600, "validation": 295}),
+            ("MIT", "https://github.com/cjhutto/vaderSentiment"),
+            rows_of("graded-sentiment-amazon", "text", "score"),
+            {"train": 2000, "test": 600, "validation": 295},
         ),
         Task(
             *("organ-system", "Clustering", "out-of-domain", "Definitions of clinical signs, by organ system", HPO),

@@ -29,9 +29,9 @@ from boom_table import Record, rounds_table, static_table, task_table
 
 from embeddings.evaluation import suite
 from embeddings.evaluation.result import write_whole
-from embeddings.model import only_our_words, wait_passively
 from embeddings.quickstart import demo_model
 from merging.errors import CuveeError
+from merging.loading import only_our_words, wait_passively
 from merging.progress import work_bars
 
 _MAY_CHANGE = ("seeds", "arms", "learning_rates", "out", "keep", "dry_run", "device", "merges")

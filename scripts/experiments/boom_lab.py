@@ -366,7 +366,7 @@ def spread(base: Path, members: Sequence[Path], merged: Path) -> dict[str, float
     folders = [*members, merged]
     gram = np.zeros((len(folders), len(folders)))
     for name in sorted(file.name for file in base.glob("*.safetensors")):
-        files = [safe_open(folder / name, "numpy") for folder in (base, *folders)]
+        files: list[Any] = [safe_open(folder / name, "numpy") for folder in (base, *folders)]
         for key in files[0].keys():  # noqa: SIM118, it is no mapping
             start, *ends = (file.get_tensor(key) for file in files)
             if start.dtype.kind == "f":
