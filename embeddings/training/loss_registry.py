@@ -89,6 +89,29 @@ _MARGIN = {
     ),
 }  # fmt: skip
 
+_INFONCE = "write '{name: infonce, temperature: 0.05}', its default scale of 20"
+_CACHED = "with 'gradient_cache: 4096' in the configuration"
+_SYMMETRIC = "write '{name: infonce, temperature: 0.05, symmetric: true}'"
+_GIST = "the nearest is '{name: infonce, false_negative_margin: 0}', with the model as its own guide"
+#: The classes of sentence-transformers' losses, in lower case and without "loss", and what they are here.
+_THEIRS = {
+    "multiplenegativesranking": _INFONCE,
+    "cachedmultiplenegativesranking": f"{_INFONCE}, {_CACHED}",
+    "multiplenegativessymmetricranking": _SYMMETRIC,
+    "cachedmultiplenegativessymmetricranking": f"{_SYMMETRIC}, {_CACHED}",
+    "gistembed": _GIST,
+    "cachedgistembed": f"{_GIST}, {_CACHED}",
+    "triplet": "the nearest is 'infonce'",
+    "cosent": "write 'cosent'",
+    "angle": "write 'angle'",
+    "cosinesimilarity": "the nearest is 'cosent'",
+    "contrastive": "write 'contrastive'",
+    "onlinecontrastive": "the nearest is 'contrastive'",
+    "distillkldiv": "write '{name: distill_kl, temperature: 1}'",
+    "marginmse": "write 'margin_mse'",
+    "matryoshka": "write 'matryoshka: [384, 128]' beside the parameters of any loss",
+}
+
 
 def loss(
     name: str,
@@ -132,8 +155,13 @@ def get(name: str, where: str = "") -> LossEntry:
     """The loss of that name, built in or from an installed package's entry point `cuvee.losses`.
 
     Raises:
-        CuveeError: no such loss; names the nearest.
+        CuveeError: no such loss; names the nearest, or ours of sentence-transformers' class.
     """
+    theirs = name.lower().removesuffix("loss")
+    if name not in LOSSES and name.lower() != theirs and theirs in _THEIRS:
+        load_installed(_GROUP)
+        if name not in LOSSES:
+            raise CuveeError(f"no loss '{name}'", where=where, mend=_THEIRS[theirs])
     return find(name, LOSSES, group=_GROUP, noun="loss", where=where)
 
 

@@ -6,10 +6,12 @@ gradient that is the derivative, finite at the extremes, blind to what it may no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import yaml
 
 from embeddings.evaluation.suite import KINDS
 from embeddings.training import losses
@@ -307,6 +309,32 @@ def test_false_negatives_are_judged_by_the_lowest_positive_on_all_dimensions(ent
 
 
 # ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("MultipleNegativesRankingLoss", "'{name: infonce, temperature: 0.05}'"),
+        ("CachedMultipleNegativesRankingLoss", "'gradient_cache: 4096'"),
+        ("MultipleNegativesSymmetricRankingLoss", "symmetric: true"),
+        ("CoSENTLoss", "write 'cosent'"),
+        ("AnglELoss", "write 'angle'"),
+        ("CosineSimilarityLoss", "the nearest is 'cosent'"),
+        ("DistillKLDivLoss", "distill_kl"),
+        ("MarginMSELoss", "margin_mse"),
+        ("MatryoshkaLoss", "matryoshka: [384, 128]"),
+    ],
+)
+def test_the_classes_of_sentence_transformers_are_told_by_our_names(theirs: str, ours: str) -> None:
+    from sentence_transformers.sentence_transformer import losses as classes
+
+    assert hasattr(classes, theirs)
+    with pytest.raises(CuveeError) as error:
+        losses.build(theirs, where="a.yml:3")
+    assert str(error.value).startswith(f"a.yml:3: no loss '{theirs}'; ") and ours in error.value.mend
+    for written in re.findall(r"\{.*?\}", error.value.mend):  # what is advised can be written
+        parameters = yaml.safe_load(written)
+        losses.build(parameters.pop("name"), parameters)
 
 
 def test_unknown_names_are_told_with_the_nearest() -> None:
