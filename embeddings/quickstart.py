@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embeddings.model import wait_passively
 from merging import lineage
 from merging.errors import CuveeError
+from merging.loading import wait_passively
 from merging.output import staged
 from merging.progress import Work
 

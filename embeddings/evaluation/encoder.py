@@ -16,8 +16,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from embeddings.evaluation.embedding_cache import EmbeddingCache, text_keys
-from embeddings.model import EmbeddingModel, max_length
+from embeddings.model import EmbeddingModel
 from merging.errors import CuveeError
+from merging.loading import max_length
 from merging.progress import Work
 
 if TYPE_CHECKING:

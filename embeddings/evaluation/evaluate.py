@@ -18,7 +18,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +29,9 @@ from embeddings.evaluation.result import Result, write_whole
 from embeddings.evaluation.score_table import markdown
 from embeddings.evaluation.scoring import MTEB_SEED, score
 from embeddings.evaluation.tasks import Target
-from embeddings.model import wait_passively
 from merging import lineage
 from merging.errors import CuveeError
+from merging.loading import wait_passively
 from merging.output import alone, just_begun, refuse_existing
 from merging.progress import Work
 from merging.setting import did_you_mean
@@ -154,16 +154,25 @@ def evaluate(
 
 
 def refuse_failures(content: Mapping[str, Any], note: Callable[[str], None] | None = None) -> None:
-    """Raises CuveeError for the first score that is missing; the other ones are noted before, a line each."""
-    failed = [(model, line) for model, lines in content.get("failed", {}).items() for line in lines.values()]
+    """Raises CuveeError for the first reason why a score is missing; the others are noted before, each in one line."""
+    models: dict[str, dict[str, None]] = {}  # by reason, which is often the same for all of them
+    for model, lines in content.get("failed", {}).items():
+        for line in lines.values():
+            models.setdefault(line, {})[model] = None
+    if not models:
+        return
+    (first, its_models), *others = models.items()
     if note is not None:
-        for model, line in failed[1:]:
-            note(f"{model}: {line}")
-    if failed:
-        missing = f"{len(failed)} scores are missing, one because: " if len(failed) > 1 else ""
-        raise CuveeError(
-            f"{missing}{failed[0][1]}", where=failed[0][0], mend=f"what is done is kept in {content['out']}"
-        )
+        for line, own in others:
+            note(f"{_named(own)}: {line}")
+    count = sum(map(len, content["failed"].values()))
+    missing = f"{count} scores are missing{', some because' if others else ''}: " if count > 1 else ""
+    raise CuveeError(f"{missing}{first}", where=_named(its_models), mend=f"what is done is kept in {content['out']}")
+
+
+def _named(models: Iterable[str]) -> str:
+    names = list(models)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class _Run:
@@ -271,8 +280,9 @@ def _check_models(models: Sequence[str], settings: Settings) -> dict[str, ModelR
     Raises:
         CuveeError: one is missing, or no embedding model.
     """
-    from embeddings.model import labels, refuse_other_kinds
+    from embeddings.model import labels
     from merging.checkpoint import Checkpoint
+    from merging.loading import refuse_other_kinds
 
     if not models:
         raise CuveeError("wants a model", where="cuvee evaluate", mend="cuvee evaluate MODEL --out RUN")

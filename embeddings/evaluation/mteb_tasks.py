@@ -23,7 +23,7 @@ from mteb.types import Licenses
 
 if TYPE_CHECKING:
     from embeddings.evaluation.suite import SuiteTask
-    from embeddings.tables import Row
+    from merging.tables import Row
 
 
 def build(task: SuiteTask, split: str) -> AbsTask:

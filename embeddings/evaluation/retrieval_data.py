@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from embeddings.tables import Row, SuiteError
+from embeddings.evaluation.errors import SuiteError
+from merging.tables import Row
 
 Lines = Sequence[tuple[int, Row]]
 

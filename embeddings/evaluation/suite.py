@@ -40,13 +40,14 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from embeddings.evaluation.errors import SuiteError
 from embeddings.evaluation.retrieval_data import RetrievalData, from_lists, from_pairs, from_tables
-from embeddings.tables import Column, Row, SuiteError, read_table
 from merging import lineage, node
 from merging.errors import RecipeError
 from merging.node import Node
 from merging.recipe import read_file
 from merging.setting import did_you_mean, quoted, refuse_unknown_keys
+from merging.tables import Column, Row, read_table
 
 if TYPE_CHECKING:
     from mteb.abstasks.abstask import AbsTask

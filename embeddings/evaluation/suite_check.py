@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.evaluation.suite import KINDS, SPLITS, TABLES, SuiteTask, load_task, task_files
-from embeddings.tables import Row, SuiteError, converted, raw_rows
 from merging.errors import CuveeError, printable
+from merging.tables import Row, TableError, converted, raw_rows
 
 ERROR, WARNING = "error", "warning"
 _EACH = 20  # findings of one sort in one file; the rest is counted
@@ -98,7 +98,7 @@ def _read(task: SuiteTask, table: str, file: Path) -> tuple[list[Finding], Lines
                 rows.append((line, converted(raw, columns, task.columns.get(table, {}))))
             except ValueError as wrong:
                 found.append(Finding(str(file), line, ERROR, str(wrong)))
-    except SuiteError as error:
+    except TableError as error:
         return [*found, _of_error(error, file)], None
     if not rows and not found:
         found.append(Finding(str(file), 0, ERROR, "holds no row"))

@@ -17,7 +17,11 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from embeddings.model import (
+from embeddings.training import decoder, lora, packing
+from embeddings.training.data_settings import SIDES
+from merging.checkpoint import Checkpoint
+from merging.errors import CuveeError
+from merging.loading import (
     adapter_merged,
     check_device,
     load_transformer,
@@ -25,10 +29,6 @@ from embeddings.model import (
     only_our_words,
     refuse_other_kinds,
 )
-from embeddings.training import decoder, lora, packing
-from embeddings.training.data_settings import SIDES
-from merging.checkpoint import Checkpoint
-from merging.errors import CuveeError
 from merging.sources import ModelRef
 
 if TYPE_CHECKING:

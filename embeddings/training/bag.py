@@ -27,7 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embeddings.evaluation.result import write_whole
-from embeddings.model import only_our_words
 from embeddings.training.batch import objectives
 from embeddings.training.config import COMPLEMENT, TrainingConfig
 from embeddings.training.data import TrainingSet, load_sets, write_rows
@@ -35,6 +34,7 @@ from embeddings.training.metrics import Sink, sinks
 from embeddings.training.train import AFTER_TRAINING, ROWS, Job, Trained, schedule_of, train, write_row_numbers
 from merging import lineage
 from merging.errors import CuveeError
+from merging.loading import only_our_words
 from merging.output import alone, just_begun, staged
 from merging.progress import Work
 

@@ -38,9 +38,9 @@ def train(
     """Train an embedding model, or several on bags of the data that are merged into one."""
     from dataclasses import replace
 
-    from embeddings.model import wait_passively
     from embeddings.training import config as training_config
     from embeddings.training import metrics
+    from merging.loading import wait_passively
 
     wait_passively()
     metrics.refuse_unknown(log or ())
@@ -77,7 +77,7 @@ def update(
     as_json: Json = False,
 ) -> None:
     """Teach a model new data and keep what it knew, at a fraction of a new training."""
-    from embeddings.model import wait_passively
+    from merging.loading import wait_passively
 
     wait_passively()
     from embeddings.training import bag, metrics

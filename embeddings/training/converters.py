@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embeddings.tables import raw_rows
 from merging.errors import CuveeError
+from merging.tables import raw_rows
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.evaluation import suite
-from embeddings.tables import FORMATS
 from embeddings.training.fields import choice, flag, given, mapping, named, number, number_of, parameters, text, texts
 from merging.errors import CuveeError
 from merging.node import Node
 from merging.setting import did_you_mean, quoted, refuse_unknown_keys
+from merging.tables import FORMATS
 
 SIDES = ("query", "document")
 #: Types whose two sides are texts of one kind: an instruction stands before both.

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from embeddings.evaluation import tasks
 from embeddings.evaluation.encoder import Encoder
 from embeddings.evaluation.scoring import score
-from embeddings.model import EmbeddingModel, max_length
+from embeddings.model import EmbeddingModel
 from embeddings.training.config import EvaluationSettings
+from merging.loading import max_length
 
 if TYPE_CHECKING:
     from embeddings.training.backbone import Backbone

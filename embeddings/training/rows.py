@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.evaluation import suite
-from embeddings.tables import as_number, raw_rows
 from embeddings.training.data_settings import DataSettings
 from merging.errors import CuveeError
 from merging.setting import did_you_mean, quoted
+from merging.tables import as_number, raw_rows
 
 #: Spellings of a column in the field's data sets, ours first.
 ALIASES: Mapping[str, tuple[str, ...]] = {

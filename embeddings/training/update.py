@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embeddings.model import only_our_words
 from embeddings.training import bag
 from embeddings.training import config as training_config
 from embeddings.training.config import DataSettings, TrainingConfig
@@ -25,6 +24,7 @@ from embeddings.training.data import TrainingSet
 from embeddings.training.train import Job
 from merging import lineage
 from merging.errors import CuveeError
+from merging.loading import only_our_words
 from merging.progress import Work
 from merging.recipe import Recipe
 from merging.sources import ModelRef

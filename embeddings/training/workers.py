@@ -97,8 +97,8 @@ def _die_with_parent() -> None:
 
 
 def _work(config: TrainingConfig, run: Path, name: str, options: Options, threads: int, report: Any) -> None:
-    from embeddings.model import only_our_words, wait_passively
     from embeddings.training import bag
+    from merging.loading import only_our_words, wait_passively
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run that is interrupted ends its workers
     _die_with_parent()

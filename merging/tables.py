@@ -1,4 +1,4 @@
-"""Tables of a task's files: JSONL, CSV, TSV or Parquet, plain or gzipped; every row with the line that it stands on."""
+"""Tables of texts: JSONL, CSV, TSV or Parquet, plain or gzipped; every row with the line that it stands on."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ FORMATS = (".jsonl", ".csv", ".tsv", ".parquet")
 _CELL = 1 << 24  # characters; csv's own limit would refuse a long document
 
 
-class SuiteError(CuveeError):
-    """A suite, or a file of it, that says something impossible."""
+class TableError(CuveeError):
+    """A table that cannot be read, or says something impossible."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ def read_table(file: Path, columns: Sequence[Column], named: Mapping[str, str]) 
         named: what the file calls a column, by our name, where neither that nor an alias is it.
 
     Raises:
-        SuiteError: at the first line that is wrong.
+        TableError: at the first line that is wrong.
     """
     rows = []
     for line, raw in raw_rows(file):
         try:
             rows.append((line, converted(raw, columns, named)))
         except ValueError as wrong:
-            raise SuiteError(str(wrong), where=f"{file}:{line}") from None
+            raise TableError(str(wrong), where=f"{file}:{line}") from None
     return rows
 
 
@@ -89,7 +89,7 @@ def raw_rows(file: Path) -> Iterator[tuple[int, Row]]:
     """Each row as the file has it, and its line.
 
     Raises:
-        SuiteError: missing, unreadable, damaged, of no known format.
+        TableError: missing, unreadable, damaged, of no known format.
     """
     suffixes = [suffix.lower() for suffix in file.suffixes]
     packed = suffixes[-1:] == [".gz"]
@@ -97,14 +97,14 @@ def raw_rows(file: Path) -> Iterator[tuple[int, Row]]:
     reader = _READERS.get(kind[0]) if kind else None
     if reader is None or (packed and kind == [".parquet"]):
         mend = f"known: {quoted(FORMATS)}, the first three also with .gz"
-        raise SuiteError("is of no known format", where=str(file), mend=mend)
+        raise TableError("is of no known format", where=str(file), mend=mend)
     try:
         yield from reader(file)
     except FileNotFoundError:
-        raise SuiteError("no such file", where=str(file)) from None
+        raise TableError("no such file", where=str(file)) from None
     except (OSError, EOFError, zlib.error) as error:  # gzip's BadGzipFile is an OSError
         reason = getattr(error, "strerror", None) or str(error) or "is cut off"
-        raise SuiteError(f"cannot be read: {reason}", where=str(file)) from None
+        raise TableError(f"cannot be read: {reason}", where=str(file)) from None
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
@@ -113,7 +113,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
-                raise SuiteError("is not UTF-8 text", where=f"{file}:{number}", mend="save it as UTF-8") from None
+                raise TableError("is not UTF-8 text", where=f"{file}:{number}", mend="save it as UTF-8") from None
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, Row]]:
@@ -124,9 +124,9 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, Row]]:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
-            raise SuiteError(f"is not JSON: {reason}", where=f"{file}:{number}", mend="one object a line") from None
+            raise TableError(f"is not JSON: {reason}", where=f"{file}:{number}", mend="one object a line") from None
         if not isinstance(row, dict):
-            raise SuiteError("is no JSON object", where=f"{file}:{number}", mend='write {"column": value, …}')
+            raise TableError("is no JSON object", where=f"{file}:{number}", mend='write {"column": value, …}')
         yield number, row
 
 
@@ -140,11 +140,11 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise SuiteError(f"is not CSV: {error}", where=f"{file}:{reader.line_num}") from None
+            raise TableError(f"is not CSV: {error}", where=f"{file}:{reader.line_num}") from None
         if row is None:
             return
         if None in row:
-            raise SuiteError("has more cells than the header", where=f"{file}:{begins}", mend="quote its commas")
+            raise TableError("has more cells than the header", where=f"{file}:{begins}", mend="quote its commas")
         yield max(begins, 2), row
 
 
@@ -160,7 +160,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Row]]:
                     number += 1
                     yield number, row
     except (pa.ArrowException, UnicodeDecodeError) as error:  # a damaged column's name is no UTF-8
-        raise SuiteError(f"is not Parquet: {str(error).splitlines()[0]}", where=str(file)) from None
+        raise TableError(f"is not Parquet: {str(error).splitlines()[0]}", where=str(file)) from None
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
