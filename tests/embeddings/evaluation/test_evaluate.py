@@ -432,6 +432,19 @@ def test_a_failing_task_is_told_in_one_line_and_the_rest_is_kept(minilm: Path, s
     assert json.loads((tmp_path / "out" / "cuvee.json").read_text("utf-8"))["state"] == "incomplete"
 
 
+def test_a_reason_that_models_share_is_told_once() -> None:
+    lost, broken = "STS12: its data are not there", "b: has no config.json"
+    failed = {"a": {"STS12": lost}, "b": {"STS12": broken, "word": broken}, "c": {"STS12": lost}}
+    notes: list[str] = []
+    with pytest.raises(CuveeError) as error:
+        refuse_failures({"failed": failed, "out": "OUT"}, notes.append)
+    assert str(error.value) == f"a, c: 4 scores are missing, some because: {lost}; what is done is kept in OUT"
+    assert notes == [f"b: {broken}"]
+    with pytest.raises(CuveeError, match=rf"^a, b, c and 2 more: 5 scores are missing: {lost}; what is"):
+        refuse_failures({"failed": {name: {"STS12": lost} for name in "abcde"}, "out": "OUT"}, notes.append)
+    assert len(notes) == 1
+
+
 def test_a_model_of_nan_fails_alone(minilm: Path, small: Path, tmp_path: Path) -> None:
     def nan(name: str, tensor: Any) -> Any:
         return tensor * np.nan if name.endswith("layer.5.output.LayerNorm.weight") else tensor
