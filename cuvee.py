@@ -9,7 +9,7 @@ import typer
 
 import embeddings.cli
 import merging.cli
-from merging.errors import CuveeError
+from merging.errors import CuveeError, Interrupted
 
 app = typer.Typer(help="Several fine-tuned checkpoints in, one good model out.", pretty_exceptions_enable=False)
 merging.cli.register(app)
@@ -33,6 +33,8 @@ def main() -> None:
         code = app(prog_name="cuvee", standalone_mode=False)
     except CuveeError as error:
         _leave(f"error: {error}", 2)
+    except Interrupted as stop:
+        _leave(f"interrupted: {stop}", 130)
     except (KeyboardInterrupt, typer.Abort):
         _leave("interrupted", 130)
     except Exception as error:

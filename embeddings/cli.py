@@ -68,7 +68,7 @@ def evaluate(
 ) -> None:
     """Score embedding models on tasks of MTEB and on your own, and compare them."""
     from embeddings.evaluation import evaluate as evaluation
-    from merging.cli import finish, say
+    from merging.cli import finish, resumable, say
     from merging.errors import CuveeError
     from merging.progress import work_bars
 
@@ -89,7 +89,7 @@ def evaluate(
         cache=cache,
         trust_remote_code=trust_remote_code,
     )
-    with work_bars() as progress:
+    with work_bars() as progress, resumable(not (force or dry_run)):
         result, comparison = evaluation.evaluate(
             models,
             out,
@@ -126,10 +126,10 @@ def quickstart(
 ) -> None:
     """The whole way on small real data: train in bags, merge, update with a new task, evaluate."""
     from embeddings import quickstart as job
-    from merging.cli import finish, say
+    from merging.cli import finish, resumable, say
     from merging.progress import work_bars
 
-    with work_bars() as progress:
+    with work_bars() as progress, resumable():
         result, comparison = job.quickstart(out, seed=seed, progress=progress, note=say)
     if not as_json:
         _print(comparison)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -133,6 +135,26 @@ def say(line: str) -> None:
     from merging.errors import printable
 
     print(printable(line), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def resumable(keeps: bool = True) -> Iterator[None]:
+    """Lets Ctrl-C say that the same command goes on, for work whose finished parts are on the disk.
+
+    Args:
+        keeps: whether they are: not in a plan, and not where `--force` does everything again.
+
+    Raises:
+        Interrupted: instead of KeyboardInterrupt.
+    """
+    from merging.errors import Interrupted
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not keeps:
+            raise
+        raise Interrupted("the same command goes on from what is saved") from None
 
 
 def finish(result: dict[str, Any], as_json: bool) -> None:

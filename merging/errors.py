@@ -37,3 +37,7 @@ class RecipeError(CuveeError):
 
 class MergeError(CuveeError):
     """Inputs that cannot be merged with each other, or a result that cannot be written."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, told with what the user may count on; no KeyboardInterrupt, which the command line's library swallows."""

@@ -47,11 +47,11 @@ def train(
     settings = training_config.load(config)
     settings = settings if seed is None else replace(settings, seed=seed)
     from embeddings.training import bag
-    from merging.cli import finish, say
+    from merging.cli import finish, resumable, say
     from merging.progress import work_bars
 
     options = bag.Options(device=device, workers=workers, force=force, logs=tuple(log or ()))
-    with work_bars() as progress:
+    with work_bars() as progress, resumable(not (force or dry_run)):
         if dry_run:
             result = bag.plan(settings, run, options=options, progress=progress)
         else:
@@ -82,12 +82,12 @@ def update(
     wait_passively()
     from embeddings.training import bag, metrics
     from embeddings.training.update import update_model
-    from merging.cli import finish, say
+    from merging.cli import finish, resumable, say
     from merging.progress import work_bars
 
     metrics.refuse_unknown(log or ())
     options = bag.Options(device=device, force=force, logs=tuple(log or ()))
-    with work_bars() as progress:
+    with work_bars() as progress, resumable(not (force or dry_run)):
         result = update_model(
             model,
             data,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -203,6 +205,50 @@ def test_ctrl_c_is_told(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     with pytest.raises(SystemExit, match="130"):
         cuvee.main()
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on_and_it_does(place: Path) -> None:
+    out = place / "stopped"
+    running = commands.start("train", place / "config.yml", out)
+    until((out / "work" / "1-50" / "checkpoint" / "state.json").exists)
+    os.kill(running.pid, signal.SIGINT)
+    done = running.wait()
+    assert done.code in (130, 0) and not done.out  # 0: it was done before we looked
+    assert done.code == 0 or done.err.splitlines()[-1] == "interrupted: the same command goes on from what is saved"
+    assert commands.run("train", place / "config.yml", out).code == 0
+    assert same_weights(out / "model", place / "run" / "model")
+    shutil.rmtree(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(("train", "--force"), ""), (("update",), ": the same command"), (("evaluate",), ": the same command")],
+)
+def test_ctrl_c_promises_what_is_kept_and_no_more(
+    arguments: tuple[str, ...],
+    said: str,
+    place: Path,
+    minilm: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    command, *flags = arguments
+    out = place / "never"
+    of: dict[str, tuple[str, list[object]]] = {
+        "train": ("training.bag.train_run", [place / "config.yml", out]),
+        "update": ("training.update.update_model", [place / "run", "--data", place / "new.jsonl", "--out", out]),
+        "evaluate": ("evaluation.evaluate.evaluate", [minilm, "--tasks", "word", "--out", out]),
+    }
+    monkeypatch.setattr(f"embeddings.{of[command][0]}", interrupt)
+    monkeypatch.setattr("sys.argv", ["cuvee", command, *map(str, of[command][1]), *flags])
+    with pytest.raises(SystemExit, match="130"):
+        cuvee.main()
+    error = capsys.readouterr().err
+    assert error.startswith(f"interrupted{said}") and error.count("\n") == 1
+    assert said or error == "interrupted\n"
 
 
 def test_a_plan_and_a_result_are_told_in_a_line(place: Path) -> None:
