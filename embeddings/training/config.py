@@ -14,7 +14,7 @@
     merge: multislerp
     evaluate: {suite: shipped, every: 200, split: validation}
 
-Relative paths start from the configuration's folder.
+Relative paths are looked for near the configuration, then in the working directory.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from embeddings.training.fields import (
     choice,
     flag,
     given,
+    located,
+    looked_for,
     mapping,
     number,
     number_of,
@@ -209,7 +211,7 @@ def load(file: str | os.PathLike[str]) -> TrainingConfig:
 
 
 def parse(yaml: str, where: str = "configuration") -> TrainingConfig:
-    """Reads a configuration's text; mistakes are told at `where:line`, and relative paths start from where's folder.
+    """Reads a configuration's text; mistakes are told at `where:line`; relative paths are looked for in where's folder first.
 
     Raises:
         CuveeError: not YAML, or it says something impossible.
@@ -306,13 +308,10 @@ def _model(root: Node, near: Path) -> ModelSettings:
 
 def _model_path(path: Node, near: Path) -> str:
     name = text_of(path, "model")
-    for folder in (near, Path()):
-        found = folder / os.path.expanduser(name)
-        if found.is_dir():
-            return os.path.abspath(found)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:  # no hub id
-        raise CuveeError(f"no such model: {name}", where=path.where, mend=f"it is looked for in {near}")
-    return name
+    found = located(name, near, Path.is_dir)
+    if found is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):  # no hub id
+        raise CuveeError(f"no such model: {name}", where=path.where, mend=looked_for(near))
+    return found or name
 
 
 def _lora(model: Node) -> LoraSettings | None:

@@ -29,7 +29,20 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.evaluation import suite
-from embeddings.training.fields import choice, flag, given, mapping, named, number, number_of, parameters, text, texts
+from embeddings.training.fields import (
+    choice,
+    flag,
+    given,
+    located,
+    looked_for,
+    mapping,
+    named,
+    number,
+    number_of,
+    parameters,
+    text,
+    texts,
+)
 from merging.errors import CuveeError
 from merging.node import Node
 from merging.setting import did_you_mean, quoted, refuse_unknown_keys
@@ -147,7 +160,7 @@ def data_list(node: Node, near: Path) -> tuple[DataSettings, ...]:
     """The entries of a `data:` list; one that names a whole suite becomes several.
 
     Args:
-        near: the folder that relative paths start from.
+        near: the folder in which relative paths are looked for first; then it is the working directory.
 
     Raises:
         CuveeError: at the line of the first mistake.
@@ -222,11 +235,10 @@ def _of_hub(node: Node, near: Path) -> list[DataSettings]:
     hub = text(node, "hub", None)
     if hub is None:
         raise CuveeError("'hub' names no data set", where=node.value["hub"].where)
-    local = near / os.path.expanduser(hub)
-    if local.is_dir():
-        hub = os.path.abspath(local)
-    elif hub.startswith((".", "/", "~")):
-        raise CuveeError(f"no such folder: {hub}", where=node.value["hub"].where, mend=f"it is looked for in {near}")
+    local = located(hub, near, Path.is_dir)
+    if local is None and hub.startswith((".", "/", "~")):
+        raise CuveeError(f"no such folder: {hub}", where=node.value["hub"].where, mend=looked_for(near))
+    hub = local or hub
     subset, type_ = text(node, "subset", None), choice(node, "type", suite.KINDS, "Retrieval")
     default = hub.rstrip("/").rpartition("/")[2] + (f"-{subset}" if subset else "")
     return [
@@ -275,11 +287,11 @@ def suite_folder(node: Node, near: Path) -> str | None:
     name: str = text(node, "suite", "shipped")
     if name == "shipped":
         return None
-    folder = near / os.path.expanduser(name)
-    if not folder.is_dir():
-        mend = did_you_mean(name, ["shipped"], f"write 'shipped', or a folder; it is looked for in {near}")
+    folder = located(name, near, Path.is_dir)
+    if folder is None:
+        mend = did_you_mean(name, ["shipped"], f"write 'shipped', or a folder; {looked_for(near)}")
         raise CuveeError(f"no such suite: {name}", where=node.value["suite"].where, mend=mend)
-    return os.path.abspath(folder)
+    return folder
 
 
 def _common(node: Node, type_: str) -> dict[str, Any]:
@@ -357,14 +369,14 @@ def _columns(node: Node, type_: str) -> dict[str, str]:
 
 
 def _file(name: str, where: str, near: Path) -> str:
-    file = near / os.path.expanduser(name)
-    if not file.is_file():
-        raise CuveeError(f"no such file: {name}", where=where, mend=f"it is looked for in {near}")
+    file = located(name, near, Path.is_file)
+    if file is None:
+        raise CuveeError(f"no such file: {name}", where=where, mend=looked_for(near))
     plain = name.lower().removesuffix(".gz")
     if not plain.endswith(FORMATS) or (plain.endswith(".parquet") and plain != name.lower()):
         mend = f"known: {quoted(FORMATS)}, the first three also with .gz"
         raise CuveeError(f"{name} is of no known format", where=where, mend=mend)
-    return os.path.abspath(file)
+    return file
 
 
 def _name(node: Node, default: str) -> str:

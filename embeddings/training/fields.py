@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from merging.errors import CuveeError, RecipeError
@@ -149,6 +151,17 @@ def mapping(root: Node, key: str, example: str) -> Node | None:
     if node is not None and not isinstance(node.value, dict):
         raise CuveeError(f"'{key}' must be a mapping, not {node}", where=node.where, mend=f"write '{key}: {example}'")
     return node
+
+
+def located(name: str, near: Path, is_there: Callable[[Path], bool]) -> str | None:
+    """The absolute path of what a YAML names, near the YAML or else in the working directory; None: in neither."""
+    paths = (folder / os.path.expanduser(name) for folder in (near, Path()))
+    return next((os.path.abspath(path) for path in paths if is_there(path)), None)
+
+
+def looked_for(near: Path) -> str:
+    """The mend for what `located` does not find."""
+    return f"it is looked for in {' and in '.join(dict.fromkeys(map(os.path.abspath, (near, Path()))))}"
 
 
 def named(node: Node, key: str) -> tuple[str | None, Mapping[str, Node]]:

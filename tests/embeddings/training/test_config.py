@@ -213,6 +213,28 @@ def test_a_mistake_is_told_with_its_line_and_its_mend(folder: Path, yaml: str, s
     assert says in told and "recipe" not in told and "\n" not in told
 
 
+def test_paths_are_looked_for_near_the_configuration_and_then_in_the_working_directory(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path_factory.mktemp("work")
+    suite = "type: STS\nfiles: {train: ../pairs.csv}\n"
+    for name in ("minilm", "other", "suite", "table"):
+        (work / name).mkdir()
+    (work / "suite" / "pairs.yml").write_text(suite, "utf-8")
+    (work / "faq.jsonl").write_bytes(b"")
+    (work / "new.jsonl").write_bytes(b"")
+    (work / "pairs.csv").write_text("sentence1,sentence2,score\na,b,1\n", "utf-8")
+    monkeypatch.chdir(work)
+    both = read(folder, "model: minilm\ndata: [faq.jsonl, new.jsonl, {hub: table}, {suite: suite}]\n")
+    assert both.model.path == str(folder / "minilm")
+    faq, new, table, pairs = both.data
+    assert (faq.files, new.files) == ((str(folder / "faq.jsonl"),), (str(work / "new.jsonl"),))
+    assert (table.hub, pairs.suite) == (str(work / "table"), str(work / "suite"))
+    assert read(folder, SMALL.replace("minilm", "other")).model.path == str(work / "other")
+    for wrong in ("model: ./nowhere\n", "model: minilm\ndata: [no.jsonl]", "model: minilm\ndata: [{suite: no}]"):
+        assert f"it is looked for in … and in {work}" in mistake(folder, wrong)
+
+
 def test_a_hub_id_is_left_as_it_is(folder: Path) -> None:
     config = read(folder, "model: {path: BAAI/bge-m3, revision: abc}\ndata: [{file: faq.jsonl}]")
     assert (config.model.path, config.model.revision) == ("BAAI/bge-m3", "abc")
