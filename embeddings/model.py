@@ -158,7 +158,7 @@ def _label(model: ModelRef, parts: int) -> str:
     def end(path: str) -> str:
         if not os.path.isdir(os.path.expanduser(path)):
             return path
-        names = [name for name in Path(path).expanduser().resolve().parts if name != os.sep]
+        names = [name for name in Path(os.path.abspath(os.path.expanduser(path))).parts if name != os.sep]
         count = 1
         while count < len(names) and _NO_NAMES.fullmatch(names[-count].lower()):
             count += 1

@@ -158,6 +158,8 @@ def test_names_are_short_and_all_different(tmp_path: Path) -> None:
     assert labels(refs) == ["a/run/final", "b/run/final", "other", "c/checkpoint-500", "model+x"]
     assert labels([refs[0], refs[2]]) == ["run/final", "other"]
     assert labels([refs[2], refs[2]]) == ["other", "other#2"]
+    (tmp_path / "base").symlink_to(refs[2])  # a link is shown by the name that its user gave it
+    assert labels([str(tmp_path / "base"), refs[2]]) == ["base", "other"]
     assert labels(["owner/name@main", "owner/name", f"owner/name+{refs[2]}"]) == [
         "owner/name@main",
         "owner/name",
