@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,23 +10,11 @@ from typing import Any
 
 from embeddings.evaluation import suite
 from embeddings.training.data_settings import DataSettings
+from merging.columns import ALIASES, keys_of
 from merging.errors import CuveeError
 from merging.setting import did_you_mean, quoted
 from merging.tables import as_number, raw_rows
 
-#: Spellings of a column in the field's data sets, ours first.
-ALIASES: Mapping[str, tuple[str, ...]] = {
-    "query": ("query", "anchor", "question", "sentence1"),
-    "positive": ("positive", "positives", "pos", "document", "passage", "answer", "doc", "sentence2"),
-    "negative": ("negative", "negatives", "neg", "hard_negative", "hard_negatives"),
-    "teacher": ("teacher", "scores"),
-    "sentence1": ("sentence1", "sentence_1", "text1", "sentence_A", "question1", "query", "anchor"),
-    "sentence2": ("sentence2", "sentence_2", "text2", "sentence_B", "question2", "positive", "document"),
-    "text": ("text", "sentence", "sentences"),
-    "label": ("label", "labels", "is_duplicate"),
-    "score": ("score", "similarity_score", "similarity", "relatedness_score", "value", "label"),
-}
-_NUMBERED = re.compile(r"(.*?)_?(\d+)")
 _Raw = Mapping[str, Any]
 
 
@@ -57,13 +44,17 @@ def examples(settings: DataSettings) -> Iterator[Example]:
     Raises:
         CuveeError: at the file and line of the first row that is wrong.
     """
-    read = _Reader(settings).read
+    reader = _Reader(settings)
+    where, raw = "", {}
     for where, raw in _raw(settings):
         try:
-            yield read(raw)
+            yield reader.read(raw)
         except ValueError as wrong:
+            reader.refuse_unseen(where, raw)
             what, _, mend = str(wrong).partition("; ")
             raise CuveeError(what, where=where, mend=mend) from None
+    if where:
+        reader.refuse_unseen(where, raw)
 
 
 class _Reader:
@@ -72,6 +63,7 @@ class _Reader:
     def __init__(self, settings: DataSettings) -> None:
         self.settings = settings
         self._plans: dict[tuple[str, ...], dict[str, list[str]]] = {}
+        self._unseen = set(settings.columns)  # of the columns that the settings name, those that no row has had yet
         of_type: Mapping[str, Callable[[_Raw], Example]] = {
             **dict.fromkeys(("Retrieval", "Reranking"), self._ranked),
             "BitextMining": self._translated,
@@ -80,6 +72,18 @@ class _Reader:
             "Regression": self._scored,
         }
         self.read: Callable[[_Raw], Example] = of_type[settings.type]
+
+    def refuse_unseen(self, where: str, raw: _Raw) -> None:
+        """Raises CuveeError, at the settings' line, for a column that they name and no row has had.
+
+        Args:
+            where, raw: of the last row that was read.
+        """
+        for name, column in self.settings.columns.items():
+            if name in self._unseen:
+                mend = did_you_mean(column, raw, f"the row has {quoted(raw)}")
+                place = self.settings.column_lines.get(name, self.settings.where)
+                raise CuveeError(f"the data have no column '{column}', see {where}", where=place, mend=mend)
 
     def _ranked(self, raw: _Raw) -> Example:
         if "sentence1" in raw and "sentence2" in raw and {"score", "label"} & raw.keys() and not self.settings.columns:
@@ -102,8 +106,7 @@ class _Reader:
             if score not in (0, 1):
                 raise ValueError(f"'{key}' must be 0 or 1, not {raw[key]!r:.60}")
         else:
-            key = self._key(raw, "score")
-            score = _number(raw[key], key)
+            score = self._score(raw)
         return Example(first, (second,), score=score)
 
     def _classified(self, raw: _Raw) -> Example:
@@ -115,12 +118,21 @@ class _Reader:
         return Example(self._text(raw, "text"), label=_label(raw, self._key(raw, "label")))
 
     def _scored(self, raw: _Raw) -> Example:
-        key = self._key(raw, "score")
-        score = _number(raw[key], key)
-        plan = self._plan(raw)
+        score, plan = self._score(raw), self._plan(raw)
         if plan["sentence2"] and not plan["text"]:  # pairs already
             return Example(self._text(raw, "sentence1"), (self._text(raw, "sentence2"),), score=score)
         return Example(self._text(raw, "text"), score=score)
+
+    def _score(self, raw: _Raw) -> float:
+        """As it is written; in [0, 1] where the settings have a scale."""
+        key = self._key(raw, "score")
+        score = _number(raw[key], key)
+        if self.settings.scale is None:
+            return score
+        low, high = self.settings.scale
+        if not low <= score <= high:
+            raise ValueError(f"'{key}' is {score:g}, outside the scale [{low:g}, {high:g}]; mend the row or 'scale'")
+        return (score - low) / (high - low)
 
     def _with_candidates(self, raw: _Raw, query: str, positive: str) -> Example:
         plan = self._plan(raw)
@@ -151,20 +163,11 @@ class _Reader:
         plan = self._plans.get(keys)
         if plan is None:
             plan = self._plans[keys] = {name: self._keys(name, keys) for name in ALIASES}
+            self._unseen -= {name for name in self._unseen if self._keys(name, tuple(raw))}
         return plan
 
     def _keys(self, name: str, keys: Sequence[str]) -> list[str]:
-        renamed = self.settings.columns.get(name)
-        spellings = (renamed,) if renamed is not None else ALIASES[name]
-        found = [key for key in spellings if key in keys][:1]
-        if name != "negative":
-            return found
-        numbered = []
-        for key in keys:
-            match = _NUMBERED.fullmatch(key)
-            if match and match[1] in spellings:
-                numbered.append((int(match[2]), key))
-        return [*found, *(key for _, key in sorted(numbered))]
+        return keys_of(name, keys, self.settings.columns.get(name))
 
     def _key(self, raw: _Raw, name: str) -> str:
         found = self._plan(raw)[name]

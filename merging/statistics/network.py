@@ -1,0 +1,339 @@
+"""Network: a model opened to be looked into: it reads texts, and every parameter knows its name in the checkpoint.
+
+What a model is for says its folder: a sentence-transformers folder or a plain encoder gives vectors (`embedding`), a
+sequence classifier logits of classes (`classification`) or a number (`regression`), a causal model logits of the next
+token (`lm`). A LoRA adapter is merged in first. Only safetensors are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merging.checkpoint import Checkpoint, read_json
+from merging.errors import CuveeError
+from merging.loading import (
+    adapter_merged,
+    check_device,
+    load_transformer,
+    max_length,
+    only_our_words,
+    refuse_other_kinds,
+)
+from merging.sources import ModelRef
+from merging.statistics.matching import stored_names
+
+if TYPE_CHECKING:
+    import torch
+
+HEADS = ("embedding", "classification", "regression", "lm")
+DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_LENGTH = 512
+#: sentence-transformers' names of the prompts of a side, first come first taken.
+_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
+_UNUSED = ("pooler",)  # parts that a model may have without weights of its own, since nobody reads what they give
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One text as the model reads it.
+
+    Attributes:
+        sequence: by the model's name, what has an entry for each token, (length,); `input_ids` among it.
+        more: by the model's name, what else it reads: an image's pixels.
+        prompt: how many of the first tokens pooling leaves out.
+    """
+
+    sequence: Mapping[str, NDArray[np.int64]]
+    more: Mapping[str, Any] = field(default_factory=dict)
+    prompt: int = 0
+
+    def __len__(self) -> int:
+        return len(self.sequence["input_ids"])
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model in evaluation mode. Its parameters need no gradient unless the caller says so.
+
+    Attributes:
+        module: a SentenceTransformer (head `embedding`), or a model of transformers.
+        reader: its tokenizer or processor.
+        head: one of `HEADS`.
+        names: stored name by parameter name, of `named_parameters` (tied ones once); what the file lacks is not in it.
+        max_length: tokens of a text at most.
+        device: "cpu" or a torch device.
+        dtype: of the weights and of the arithmetic.
+        notes: one line each, for the log.
+    """
+
+    module: torch.nn.Module
+    reader: Any
+    head: str
+    names: Mapping[str, str]
+    max_length: int
+    device: str = "cpu"
+    dtype: str = "float32"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> Any:
+        """The transformer's configuration: number of labels, kind of problem."""
+        model = self.module[0].model if self.head == "embedding" else self.module
+        return model.config
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """By name, tied ones once; those only that the checkpoint has."""
+        return {name: own for name, own in self.module.named_parameters() if name in self.names}
+
+    def read(
+        self,
+        texts: Sequence[str | tuple[str, ...]],
+        side: str | None = None,
+        images: Sequence[Path | None] | None = None,
+    ) -> list[Tokens]:
+        """Each text (or pair of texts) as tokens, cut to `max_length`, special tokens among them.
+
+        Args:
+            side: "query" or "document" puts the prompt before it that the model has for them; None its default one.
+            images: of each text, or None.
+
+        Raises:
+            CuveeError: an image cannot be read, or by this model not at all.
+        """
+        if images is not None and any(image is not None for image in images):
+            one = [self._read_image(text, image, side) for text, image in zip(texts, images, strict=True)]
+            return [tokens or self._read_texts([text], side)[0] for text, tokens in zip(texts, one, strict=True)]
+        return self._read_texts(texts, side) if texts else []
+
+    def features(self, tokens: Sequence[Tokens]) -> dict[str, torch.Tensor]:
+        """What the model's forward takes, on its device: sequences padded on the right to (texts, longest)."""
+        import torch
+
+        lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
+        width = max(1, int(lengths.max(initial=0)))
+        mask = np.arange(width) < lengths[:, None]  # (texts, longest)
+        features: dict[str, torch.Tensor] = {}
+        for key in dict.fromkeys(key for each in tokens for key in each.sequence):
+            padded = np.full(mask.shape, self._padding(key), np.int64)
+            for row, each in zip(padded, tokens, strict=True):
+                if key in each.sequence:
+                    row[: len(each)] = each.sequence[key]
+            features[key] = torch.from_numpy(padded)
+        features["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        if any(each.prompt for each in tokens):
+            prompts = np.array([[each.prompt] for each in tokens])
+            features["pooling_mask"] = torch.from_numpy((mask & (np.arange(width) >= prompts)).astype(np.int64))
+        for key in dict.fromkeys(key for each in tokens for key in each.more):
+            features[key] = torch.cat([each.more[key] for each in tokens if key in each.more])
+        return {key: value.to(self.device, non_blocking=True) for key, value in features.items()}
+
+    def vectors(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Of head `embedding`: (texts, dimension) float32."""
+        assert self.head == "embedding"
+        state: Any = {key: value for key, value in features.items() if key != "pooling_mask"}
+        for place, module in enumerate(self.module.children()):
+            state = module(state)
+            if place == 0 and "pooling_mask" in features:
+                state["attention_mask"] = features["pooling_mask"]
+            for key in ("token_embeddings", "sentence_embedding"):
+                if key in state:
+                    state[key] = state[key].float()
+        vectors: torch.Tensor = state["sentence_embedding"]
+        return vectors
+
+    def logits(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Float32: (texts, classes); of head `regression` (texts, values); of head `lm` (texts, longest, vocabulary)."""
+        assert self.head != "embedding"
+        logits: torch.Tensor = self.module(**self._arguments(features)).logits
+        return logits.float()
+
+    def forward(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """`vectors` or `logits`."""
+        return self.vectors(features) if self.head == "embedding" else self.logits(features)
+
+    def _arguments(self, features: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        arguments: dict[str, Any] = dict(features)
+        if self.head == "lm":
+            arguments["use_cache"] = False
+        return arguments
+
+    def _padding(self, key: str) -> int:
+        tokenizer = getattr(self.reader, "tokenizer", self.reader)
+        pad = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}.get(key)
+        return int(pad or 0)
+
+    def _prompt(self, side: str | None) -> str | None:
+        prompts = getattr(self.module, "prompts", None) or {}
+        names = (*_PROMPTS.get(side or "", ()), getattr(self.module, "default_prompt_name", None))
+        return next((prompts[name] for name in names if prompts.get(name)), None)
+
+    def _read_texts(self, texts: Sequence[str | tuple[str, ...]], side: str | None) -> list[Tokens]:
+        if self.head == "embedding":
+            return self._read_by_sentence_transformers(texts, side)
+        tokenizer = getattr(self.reader, "tokenizer", self.reader)
+        first = [text if isinstance(text, str) else text[0] for text in texts]
+        second = [None if isinstance(text, str) else text[1] for text in texts]
+        pairs = second if any(text is not None for text in second) else None
+        found = tokenizer(first, pairs, truncation=True, max_length=self.max_length, return_attention_mask=False)
+        return _rows(found, len(texts))
+
+    def _read_by_sentence_transformers(self, texts: Sequence[str | tuple[str, ...]], side: str | None) -> list[Tokens]:
+        prompt = self._prompt(side)
+        lengths = {"common": {"return_tensors": None}, "text": {"padding": False, "max_length": self.max_length}}
+        found = self.module.preprocess(list(texts), prompt=prompt, task=side, processing_kwargs=lengths)
+        length = 0
+        if any(getattr(module, "include_prompt", True) is False for module in self.module.children()):
+            length = int(found.get("prompt_length") or 0)
+        keys = ("input_ids", "token_type_ids")
+        return _rows({key: found[key] for key in keys if key in found}, len(texts), length)
+
+    def _read_image(self, text: str | tuple[str, ...], image: Path | None, side: str | None) -> Tokens | None:
+        if image is None:
+            return None
+        raise CuveeError("images are not read yet", where=str(image))
+
+
+def open_network(
+    ref: str | ModelRef,
+    *,
+    head: str = "auto",
+    device: str = "cpu",
+    dtype: str = "float32",
+    max_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> Network:
+    """Opens a folder, a hub id, or either with a LoRA adapter (`model+adapter`).
+
+    Args:
+        head: one of `HEADS`, or "auto": as the folder says.
+        max_length: tokens of a text at most; the model's own limit holds too. None: that limit, 512 at most.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        CuveeError: nothing there, no safetensors, a head that it has not, weights that are missing.
+    """
+    if head not in ("auto", *HEADS):
+        raise CuveeError(f"'{head}' is no head", where="head", mend=f"choose auto, {', '.join(HEADS)}")
+    if dtype not in DTYPES:
+        raise CuveeError(f"'{dtype}' is no dtype to compute in", where="dtype", mend=f"choose {', '.join(DTYPES)}")
+    check_device(device)
+    model = ref if isinstance(ref, ModelRef) else ModelRef.parse(ref)
+    with Checkpoint.open(model) as checkpoint, adapter_merged(model, checkpoint.path) as folder:
+        chosen = _head_of(checkpoint) if head == "auto" else head
+        if chosen == "embedding":
+            if (folder / "modules.json").is_file():
+                refuse_other_kinds(checkpoint, trust_remote_code=trust_remote_code)
+            module = load_transformer(
+                folder, str(model), dtype=dtype, device="cpu", truncate_dim=None, trusted=trust_remote_code
+            )
+            reader = module[0].processor
+        else:
+            module, reader = _load(folder, str(model), chosen, dtype, trust_remote_code)
+        with Checkpoint.open(folder) as merged:
+            names = stored_names(dict(module.named_parameters()), merged)
+    _refuse_random(module, names, str(model))
+    module.requires_grad_(False)
+    limit = _limit(module, reader, chosen)
+    return Network(
+        module=module.to(device).eval(),
+        reader=reader,
+        head=chosen,
+        names=names,
+        max_length=min(max_length or DEFAULT_LENGTH, limit or max_length or DEFAULT_LENGTH),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _head_of(checkpoint: Checkpoint) -> str:
+    """What a folder's model is for, from its JSON files alone."""
+    folder, config = checkpoint.path, checkpoint.config
+    settings = folder / "config_sentence_transformers.json"
+    kind = read_json(settings).get("model_type", "SentenceTransformer") if settings.is_file() else "SentenceTransformer"
+    if (folder / "modules.json").is_file() and kind != "CrossEncoder":
+        return "embedding"
+    if not config:
+        raise CuveeError("is no model: it has no config.json", where=str(folder))
+    architecture = next(map(str, config.get("architectures") or ()), "")
+    if architecture.endswith("ForSequenceClassification"):
+        labels = config.get("id2label") or range(int(config.get("num_labels", 2)))
+        regression = config.get("problem_type") == "regression" or (
+            config.get("problem_type") is None and len(labels) == 1
+        )
+        return "regression" if regression else "classification"
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "lm"
+    if architecture.endswith("ForConditionalGeneration") and not config.get("is_encoder_decoder"):
+        return "lm"
+    return "embedding"
+
+
+def _load(folder: Path, ref: str, head: str, dtype: str, trusted: bool) -> tuple[Any, Any]:
+    """A model of transformers and what reads texts for it.
+
+    Raises:
+        CuveeError: it cannot be loaded.
+    """
+    import torch
+    import transformers
+
+    if head == "lm":
+        vision = "vision_config" in read_json(folder / "config.json")
+        loader = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+    else:
+        loader = transformers.AutoModelForSequenceClassification
+    with only_our_words():
+        try:
+            module = loader.from_pretrained(
+                str(folder),
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trusted,
+            )
+            reader = transformers.AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=trusted
+            )
+        except Exception as error:  # every architecture has its own ways to fail
+            reason = next(iter(str(error).strip().splitlines()), "")[:160]
+            mend = "add --trust-remote-code if you trust its code" if "trust_remote_code" in str(error) else ""
+            what = f"cannot be loaded for its {head} head ({type(error).__name__}: {reason})"
+            raise CuveeError(what, where=ref, mend=mend) from error
+    return module, reader
+
+
+def _refuse_random(module: Any, names: Mapping[str, str], ref: str) -> None:
+    """What the files lack was filled with random numbers."""
+    missing = [name for name, _ in module.named_parameters() if name not in names]
+    missing = [name for name in missing if not any(part in name for part in _UNUSED)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CuveeError(
+            f"has no weights for '{missing[0]}'{more}, which would be random",
+            where=ref,
+            mend="fetch or save it again, or choose another head",
+        )
+
+
+def _limit(module: Any, reader: Any, head: str) -> int | None:
+    """Tokens of a text that the model reads; None where nobody says."""
+    if head == "embedding":
+        return max_length(module)
+    tokenizer = getattr(reader, "tokenizer", reader)
+    length = tokenizer.model_max_length
+    if length < 1 << 30:
+        return int(length)
+    config = getattr(module.config, "text_config", module.config)
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def _rows(found: Mapping[str, Any], count: int, prompt: int = 0) -> list[Tokens]:
+    keys = [key for key in ("input_ids", "token_type_ids") if key in found]
+    return [Tokens({key: np.asarray(found[key][i], np.int64) for key in keys}, {}, prompt) for i in range(count)]
