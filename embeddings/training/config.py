@@ -195,8 +195,15 @@ class TrainingConfig:
         return self.lines.get(key, self.where)
 
     def plain(self) -> dict[str, Any]:
-        """All settings that a result follows from, the defaults too, as JSON knows them; equal for equal runs."""
+        """All settings that a result follows from, the defaults too, as JSON knows them; equal for equal runs.
+
+        What came after the first runs were written is absent where nothing is said, so that they are still the same runs.
+        """
         found = _without_places(asdict(self))
+        for data in found["data"]:
+            del data["column_lines"]
+            if data["scale"] is None:
+                del data["scale"]
         return {key: value for key, value in found.items() if key not in ("text", "lines")}
 
 

@@ -7,6 +7,7 @@ data:
     name: faq                      # default: the file's stem
     type: Retrieval                # as in suites
     columns: {query: question}     # what the file calls a column
+    scale: [0, 5]                  # lowest and highest score there may be, of STS and Regression
     prompt: {query: "Query: ", document: ""}   # or one text for both; or `instruction: …`
     weight: 0.5                    # of its rows: 0.5 = half of them an epoch, 2 = each twice
     limit: 10000                   # rows at most, of a seeded shuffle
@@ -53,6 +54,8 @@ SIDES = ("query", "document")
 SYMMETRIC = ("STS", "PairClassification", "Classification", "Clustering", "Regression", "BitextMining")
 #: Types whose rows are two texts and a score; of `Regression`, once partners are drawn.
 GRADED = ("STS", "PairClassification", "Regression")
+#: Types whose scores may be on any scale.
+SCORED = ("STS", "Regression")
 #: Types whose rows are single texts, from which training rows are drawn.
 SINGLE = ("Classification", "Clustering", "Regression")
 #: Columns by type that `columns` may rename.
@@ -68,7 +71,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 }
 INSTRUCTION = "Instruct: {}\nQuery: "
 
-_COMMON = ("name", "prompt", "instruction", "weight", "limit", "batch_size", "loss", "negatives", "mine")
+_COMMON = ("name", "prompt", "instruction", "weight", "limit", "batch_size", "loss", "negatives", "mine", "scale")
 _FILE = ("file", "type", "columns")
 _HUB = ("hub", "subset", "split", "revision", "type", "columns")
 _SUITE = ("suite", "task")
@@ -129,7 +132,9 @@ class DataSettings:
         limit: rows at most; None for all.
         batch_size, loss: None: as the run has it.
         negatives: a row's own at most; None: all, and 7 where they are drawn.
+        scale: lowest and highest score that there may be; None: [0, 1], or else what the scores themselves span.
         where: "config.yml:7".
+        column_lines: likewise of each of `columns`.
     """
 
     name: str
@@ -149,7 +154,9 @@ class DataSettings:
     loss: LossSettings | None = None
     negatives: int | None = None
     mine: MiningSettings | None = None
+    scale: tuple[float, float] | None = None
     where: str = field(default="", compare=False)
+    column_lines: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def prompt_of(self, side: str) -> str | None:
         """What stands before the texts of "query" or "document"; None: the model's own."""
@@ -228,7 +235,7 @@ def _of_files(node: Node, near: Path) -> list[DataSettings]:
         raise CuveeError("'file' names no file", where=node.value["file"].where)
     type_ = choice(node, "type", suite.KINDS, "Retrieval")
     name = _name(node, _stem(Path(files[0])))
-    return [DataSettings(name, type_, files=files, columns=_columns(node, type_), **_common(node, type_))]
+    return [DataSettings(name, type_, files=files, **_columns(node, type_), **_common(node, type_))]
 
 
 def _of_hub(node: Node, near: Path) -> list[DataSettings]:
@@ -249,7 +256,7 @@ def _of_hub(node: Node, near: Path) -> list[DataSettings]:
             subset=subset,
             split=text(node, "split", "train"),
             revision=text(node, "revision", None),
-            columns=_columns(node, type_),
+            **_columns(node, type_),
             **_common(node, type_),
         )
     ]
@@ -303,6 +310,7 @@ def _common(node: Node, type_: str) -> dict[str, Any]:
         "loss": loss_settings(given(node, "loss")),
         "negatives": number(node, "negatives", None, low=0, whole=True),
         "mine": _mining(node, type_),
+        "scale": _scale(node, type_),
         "where": node.where,
     }
 
@@ -360,12 +368,28 @@ def _margin(mine: Node) -> float | None:
     return None if node.value is None else number_of(node, "relative_margin", low=0, high=1)
 
 
-def _columns(node: Node, type_: str) -> dict[str, str]:
+def _scale(node: Node, type_: str) -> tuple[float, float] | None:
+    scale = given(node, "scale")
+    if scale is None:
+        return None
+    if type_ not in SCORED:
+        raise CuveeError(f"rows of {type_} have no scores on a scale", where=scale.where, mend="remove 'scale'")
+    if not isinstance(scale.value, list) or len(scale.value) != 2:
+        mend = "write 'scale: [0, 5]'"
+        raise CuveeError(f"'scale' must be the lowest and the highest score, not {scale}", where=scale.where, mend=mend)
+    low, high = (number_of(item, "scale") for item in scale.value)
+    if low >= high:
+        raise CuveeError(f"'scale' goes from {low:g} to {high:g}", where=scale.where, mend="write the lowest first")
+    return low, high
+
+
+def _columns(node: Node, type_: str) -> dict[str, Any]:
     columns = mapping(node, "columns", "{query: question}")
     if columns is None:
         return {}
     refuse_unknown_keys(columns, COLUMNS[type_], f"the columns of {type_}")
-    return {name: text(columns, name, None) for name in columns.value if given(columns, name)}
+    renamed = {name: text(columns, name, None) for name in columns.value if given(columns, name)}
+    return {"columns": renamed, "column_lines": {name: columns.value[name].where for name in renamed}}
 
 
 def _file(name: str, where: str, near: Path) -> str:

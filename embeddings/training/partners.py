@@ -83,24 +83,27 @@ def of_labels(
     return Partners(rows, positive, Ragged(offsets_of(usable.sum(axis=1)), negative[usable]), notes=notes)
 
 
-def of_scores(texts: NDArray[np.int32], scores: NDArray[np.float64], rng: np.random.Generator) -> Partners:
+def of_scores(
+    texts: NDArray[np.int32], scores: NDArray[np.float64], rng: np.random.Generator, reach: float | None = None
+) -> Partners:
     """Of each text one other, and 1 − |difference of their scores| / the scores' range.
 
     Args:
         texts: (rows,) equal numbers for equal texts.
         scores: (rows,)
+        reach: the range that scores may have; None: what these have.
 
     Raises:
         ValueError: all scores are equal.
     """
     _, first = np.unique(texts, return_index=True)
     rows = np.sort(first)
-    reach = np.ptp(scores[rows]) if len(rows) else 0.0
-    if not reach > 0:
+    span = float(np.ptp(scores[rows])) if len(rows) else 0.0
+    if not span > 0:
         raise ValueError("all scores are equal; nothing can be learned from them")
     order = rng.permutation(rows)
     other = np.roll(order, -1)[np.argsort(order)]
-    near = 1 - np.abs(scores[rows] - scores[other]) / reach
+    near = 1 - np.abs(scores[rows] - scores[other]) / (reach or span)
     none = Ragged(np.zeros(len(rows) + 1, np.int64), np.zeros(0, np.int64))
     return Partners(rows, other, none, near.astype(np.float32), _repeated(len(texts) - len(rows)))
 

@@ -16,6 +16,7 @@ from merging.setting import did_you_mean, quoted
 from merging.tables import as_number, raw_rows
 
 _Raw = Mapping[str, Any]
+_OPTIONAL = ("negative", "teacher")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +46,30 @@ def examples(settings: DataSettings) -> Iterator[Example]:
         CuveeError: at the file and line of the first row that is wrong.
     """
     reader = _Reader(settings)
-    where, raw = "", {}
+    where = ""
     for where, raw in _raw(settings):
         try:
             yield reader.read(raw)
+        except _NoColumnError as wrong:
+            raise _no_column(settings, wrong.column, where, wrong.mend) from None
         except ValueError as wrong:
-            reader.refuse_unseen(where, raw)
             what, _, mend = str(wrong).partition("; ")
             raise CuveeError(what, where=where, mend=mend) from None
-    if where:
-        reader.refuse_unseen(where, raw)
+    if where and reader.unseen:
+        raise _no_column(settings, min(reader.unseen), where, "")
+
+
+class _NoColumnError(ValueError):
+    """A column that the settings name, which no row has had yet and which this one needs."""
+
+    def __init__(self, column: str, mend: str) -> None:
+        super().__init__(column)
+        self.column, self.mend = column, mend
+
+
+def _no_column(settings: DataSettings, column: str, row: str, mend: str) -> CuveeError:
+    place = settings.column_lines.get(column, settings.where)
+    return CuveeError(f"no row has the column '{settings.columns[column]}', up to {row}", where=place, mend=mend)
 
 
 class _Reader:
@@ -63,7 +78,7 @@ class _Reader:
     def __init__(self, settings: DataSettings) -> None:
         self.settings = settings
         self._plans: dict[tuple[str, ...], dict[str, list[str]]] = {}
-        self._unseen = set(settings.columns)  # of the columns that the settings name, those that no row has had yet
+        self.unseen = set(settings.columns)  # of the columns that the settings name, those that no row has had yet
         of_type: Mapping[str, Callable[[_Raw], Example]] = {
             **dict.fromkeys(("Retrieval", "Reranking"), self._ranked),
             "BitextMining": self._translated,
@@ -72,18 +87,6 @@ class _Reader:
             "Regression": self._scored,
         }
         self.read: Callable[[_Raw], Example] = of_type[settings.type]
-
-    def refuse_unseen(self, where: str, raw: _Raw) -> None:
-        """Raises CuveeError, at the settings' line, for a column that they name and no row has had.
-
-        Args:
-            where, raw: of the last row that was read.
-        """
-        for name, column in self.settings.columns.items():
-            if name in self._unseen:
-                mend = did_you_mean(column, raw, f"the row has {quoted(raw)}")
-                place = self.settings.column_lines.get(name, self.settings.where)
-                raise CuveeError(f"the data have no column '{column}', see {where}", where=place, mend=mend)
 
     def _ranked(self, raw: _Raw) -> Example:
         if "sentence1" in raw and "sentence2" in raw and {"score", "label"} & raw.keys() and not self.settings.columns:
@@ -163,7 +166,7 @@ class _Reader:
         plan = self._plans.get(keys)
         if plan is None:
             plan = self._plans[keys] = {name: self._keys(name, keys) for name in ALIASES}
-            self._unseen -= {name for name in self._unseen if self._keys(name, tuple(raw))}
+            self.unseen -= {name for name in self.unseen if self._keys(name, tuple(raw))}
         return plan
 
     def _keys(self, name: str, keys: Sequence[str]) -> list[str]:
@@ -177,6 +180,8 @@ class _Reader:
         if wanted in raw:
             raise ValueError(f"'{wanted}' is null; remove the row")
         has = f"the row has {quoted(raw)}" if raw else "the row is empty"
+        if unseen := [each for each in (name, *sorted(self.unseen)) if each in self.unseen and each not in _OPTIONAL]:
+            raise _NoColumnError(unseen[0], did_you_mean(self.settings.columns[unseen[0]], raw, has))
         spare = raw.keys() - {alias for each in ALIASES.values() for alias in each}
         raise ValueError(f"has no '{wanted}'; {did_you_mean(wanted, spare, has)}")
 

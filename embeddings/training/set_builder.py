@@ -199,7 +199,8 @@ class SetBuilder:
             negatives = Ragged(offsets_of(counts[:, 1]), np.concatenate(columns.negatives))
             said = np.concatenate(columns.teacher)
             teacher = Ragged(offsets_of(counts.sum(axis=1)), said) if not np.isnan(said).all() else None
-            scores = None if scores is None else self._scaled(scores)
+            if scores is not None:
+                scores, notes = self._scaled(scores)
         else:
             partners = self._partners(queries, labels, scores)
             texts, rows = queries, partners.rows
@@ -227,20 +228,21 @@ class SetBuilder:
                 names = self._label_names()
                 return of_labels(texts, labels, names, NEGATIVES if wanted is None else wanted, rng)
             assert scores is not None
-            return of_scores(texts, scores, rng)
+            return of_scores(texts, scores, rng, reach=None if self.settings.scale is None else 1.0)
         except ValueError as wrong:
             what, _, mend = f"the data set '{self.settings.name}': {wrong}".partition("; ")
             raise CuveeError(what, where=self.settings.where, mend=mend) from None
 
-    def _scaled(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Scores in [0, 1] as they are; others from their lowest to their highest."""
+    def _scaled(self, scores: NDArray[np.float64]) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+        """Scores in [0, 1] as they are; others from their lowest to their highest, which is noted."""
         low, high = scores.min(), scores.max()
         if low >= 0 and high <= 1:
-            return scores
+            return scores, ()
         if low == high:
             what = f"all scores of the data set '{self.settings.name}' are {low:g}"
             raise CuveeError(what, where=self.settings.where, mend="nothing can be learned from them")
-        return (scores - low) / (high - low)  # type: ignore[no-any-return]
+        note = f"scores from {low:g} to {high:g} become 0 to 1; 'scale: [lowest, highest]' makes that of other data the same"
+        return (scores - low) / (high - low), (note,)
 
 
 def _chunks(rows: Iterator[Example]) -> Iterator[list[Example]]:

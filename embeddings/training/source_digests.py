@@ -36,6 +36,7 @@ def cache_key(settings: DataSettings, config: TrainingConfig, tokenizer: str, fi
         "mine": None if settings.mine is None else [asdict(settings.mine), files.of_model(model.path, model.revision)],
         "tokenizer": tokenizer,
         "max_length": dict(config.max_length),
+        **({} if settings.scale is None else {"scale": settings.scale}),
     }
     return str(xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest())
 

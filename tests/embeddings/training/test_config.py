@@ -130,6 +130,17 @@ def test_plain_is_json_and_the_same_for_the_same_settings(folder: Path) -> None:
     assert "where" not in json.dumps(config.plain())
 
 
+def test_what_runs_of_before_have_written_is_still_the_same_run(folder: Path) -> None:
+    """A setting that came later is not in what they know of themselves."""
+    plain = read(folder, "model: minilm\ndata: [{file: pairs.csv, type: STS, columns: {score: grade}}]").plain()
+    assert list(plain["data"][0]) == [
+        *("name", "type", "suite", "task", "files", "hub", "subset", "split", "revision", "columns", "prompt"),
+        *("weight", "limit", "batch_size", "loss", "negatives", "mine"),
+    ]
+    scaled = read(folder, "model: minilm\ndata: [{file: pairs.csv, type: STS, scale: [1, 5]}]").plain()
+    assert scaled["data"][0]["scale"] == [1.0, 5.0]
+
+
 @pytest.mark.parametrize(
     ("yaml", "says"),
     [
@@ -188,6 +199,13 @@ def test_plain_is_json_and_the_same_for_the_same_settings(folder: Path) -> None:
         ("model: minilm\ndata:\n- {file: config.yml}", "config.yml is of no known format"),
         ("model: minilm\ndata:\n- {file: faq.jsonl, type: Retreival}", "did you mean 'Retrieval'?"),
         ("model: minilm\ndata:\n- {file: faq.jsonl, columns: {qery: q}}", "did you mean 'query'?"),
+        (
+            "model: minilm\ndata:\n- {file: faq.jsonl, scale: [0, 5]}",
+            "rows of Retrieval have no scores on a scale; rem",
+        ),
+        ("model: minilm\ndata:\n- {file: faq.jsonl, type: STS, scale: 5}", "write 'scale: [0, 5]'"),
+        ("model: minilm\ndata:\n- {file: faq.jsonl, type: STS, scale: [5, 0]}", "'scale' goes from 5 to 0"),
+        ("model: minilm\ndata:\n- {file: faq.jsonl, type: STS, scale: [a, 5]}", "'scale' must be a number, not 'a'"),
         ("model: minilm\ndata:\n- {file: faq.jsonl, weight: 0}", "must be greater than 0"),
         ("model: minilm\ndata:\n- {file: faq.jsonl, prompt: {query: 3}}", "the prompt of 'query' must be text"),
         ("model: minilm\ndata:\n- {file: faq.jsonl, prompt: a, instruction: b}", "exclude each other"),

@@ -270,6 +270,67 @@ def test_graded_pairs_have_scores_between_0_and_1(tmp_path: Path, make: Callable
     assert all(len(first.positives[i]) == 1 and len(first.negatives[i]) == 0 for i in range(6))
 
 
+def test_a_scale_means_the_same_in_all_data_whatever_scores_they_have(
+    tmp_path: Path, make: Callable[..., TrainingConfig]
+) -> None:
+    """As in updates: the old data may have all of the scale, and the new a part of it."""
+    pairs = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "score": i} for i in range(6)]
+    write(tmp_path / "old.jsonl", pairs)
+    write(tmp_path / "new.jsonl", pairs[3:5])
+    write(tmp_path / "text.jsonl", [{"text": t, "score": s} for t, s in (("bad", 0), ("fair", 1), ("good", 2))])
+    data = "".join(f"- {{file: {name}.jsonl, type: STS, scale: [0, 5]}}\n" for name in ("old", "new"))
+    config = make(data + "- {file: text.jsonl, type: Regression, scale: [-1, 3]}")
+    old, new, text = load_sets(config, Words(), tmp_path / "cache")
+    assert old.scores is not None and np.allclose(old.scores, np.arange(6) / 5) and not old.notes
+    assert new.scores is not None and np.allclose(new.scores, [0.6, 0.8])
+    grade = {"bad": 0, "fair": 1, "good": 2}
+    for row in texts(text):
+        assert row["score"] == 1 - abs(grade[row["sentence1"]] - grade[row["sentence2"]]) / 4
+    (core,) = data_settings(write_rows([new], {"new": [0, 1]}, tmp_path / "core"))
+    (again,) = load_sets(config, Words(), tmp_path / "cache", data=[core])
+    assert core.scale is None and again.scores is not None and np.allclose(again.scores, [0.6, 0.8])
+    stretched = load_one(make("- {file: new.jsonl, type: STS}"), tmp_path)
+    assert stretched.scores is not None and stretched.scores.tolist() == [0, 1]
+    assert stretched.notes == (
+        "new: scores from 3 to 4 become 0 to 1; 'scale: [lowest, highest]' makes that of other data the same",
+    )
+
+
+@pytest.mark.parametrize("type_", ["STS", "Regression"])
+def test_a_score_outside_the_scale_is_told_with_file_and_line(
+    type_: str, tmp_path: Path, make: Callable[..., TrainingConfig]
+) -> None:
+    row = {"sentence1": "a", "sentence2": "b"} if type_ == "STS" else {"text": "a"}
+    write(tmp_path / "a.csv", [{**row, "score": 4.5}, {**row, "score": 5.5}])
+    with pytest.raises(CuveeError) as error:
+        load_one(make(f"- {{file: a.csv, type: {type_}, scale: [1, 5]}}"), tmp_path)
+    assert str(error.value) == f"{tmp_path}/a.csv:3: 'score' is 5.5, outside the scale [1, 5]; mend the row or 'scale'"
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ("{query: qestion}", "no row has the column 'qestion', up to …/a.csv:2; did you mean 'question'?"),
+        ("{query: question, positive: x}", "no row has the column 'x', up to …/a.csv:2; the row has 'question', "),
+        ("{query: question, negative: wrong}", "no row has the column 'wrong', up to …/a.csv:3"),
+    ],
+)
+def test_a_column_that_no_row_has_is_told_where_the_configuration_names_it(
+    columns: str, says: str, tmp_path: Path, make: Callable[..., TrainingConfig]
+) -> None:
+    write(tmp_path / "a.csv", [{"question": "q", "answer": "p", "bad_1": ""}] * 2)
+    with pytest.raises(CuveeError) as error:
+        load_one(make(f"- file: a.csv\n  columns: {columns}"), tmp_path)
+    said = str(error.value).replace(str(tmp_path), "…")
+    assert said.startswith(f"…/config.yml:4: {says}")
+
+
+def test_a_column_that_some_rows_lack_is_told_at_the_row(tmp_path: Path, make: Callable[..., TrainingConfig]) -> None:
+    write(tmp_path / "a.jsonl", [{"ask": "q", "answer": "p"}, {"ask": "q", "answer": "p", "bad_2": "n"}, {"ask": "q"}])
+    with pytest.raises(CuveeError, match=r"a\.jsonl:3: has no 'answer'"):
+        load_one(make("- {file: a.jsonl, columns: {query: ask, positive: answer, negative: bad}}"), tmp_path)
+
+
 def test_translations_and_teachers(tmp_path: Path, make: Callable[..., TrainingConfig]) -> None:
     write(tmp_path / "a.tsv", [{"sentence1": "one", "sentence2": "eins"}])
     rows = [
