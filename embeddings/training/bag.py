@@ -30,6 +30,7 @@ from embeddings.evaluation.result import write_whole
 from embeddings.training.batch import objectives
 from embeddings.training.config import COMPLEMENT, TrainingConfig
 from embeddings.training.data import TrainingSet, load_sets, write_rows
+from embeddings.training.disk import disk_errors
 from embeddings.training.metrics import Sink, sinks
 from embeddings.training.train import AFTER_TRAINING, ROWS, Job, Trained, schedule_of, train, write_row_numbers
 from merging import lineage
@@ -132,23 +133,6 @@ def at_work(run: Path) -> Iterator[None]:
     """
     with disk_errors(run), alone(run):
         yield
-
-
-@contextmanager
-def disk_errors(run: Path) -> Iterator[None]:
-    """Turns what the libraries raise that write for us into CuveeError."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except OSError as error:
-        raise CuveeError(f"cannot write: {error.strerror or error}", where=str(error.filename or run)) from error
-    except SafetensorError as error:
-        raise CuveeError(f"cannot write: {error}", where=str(run)) from error
-    except Exception as error:
-        if type(error) is not Exception:  # which is what the tokenizers raise that cannot write
-            raise
-        raise CuveeError(f"cannot write: {error}", where=str(run)) from error
 
 
 def plan(

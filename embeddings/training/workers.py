@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embeddings.training.config import TrainingConfig
+from embeddings.training.disk import disk_errors
 from merging.engine import default_threads
 from merging.errors import CuveeError
 
@@ -117,7 +118,7 @@ def _work(config: TrainingConfig, run: Path, name: str, options: Options, thread
         return None
 
     try:
-        with bag.disk_errors(run), only_our_words():
+        with disk_errors(run), only_our_words():
             sets = bag.read_sets(config, run, options, silent, silent)
             job = bag.jobs_by_name(config, sets, run)[name]
             bag.train_member(config, sets, job, options, progress, run)
