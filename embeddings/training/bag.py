@@ -177,7 +177,14 @@ def plan(
 def read_sets(config: TrainingConfig, run: Path, options: Options, progress: Work, note: Note) -> list[TrainingSet]:
     """The data as arrays, from the run's cache or their sources."""
     tokenizer = Tokenizer(config)
-    sets = load_sets(config, tokenizer, run / DATA, progress, transformer=lambda: tokenizer.backbone.transformer)
+    sets = load_sets(
+        config,
+        tokenizer,
+        run / DATA,
+        progress,
+        transformer=lambda: tokenizer.backbone.transformer,
+        fresh=options.force,
+    )
     for line in (line for each in sets for line in each.notes):
         note(line)
     return sets
@@ -323,6 +330,10 @@ def training_lineage(
 ) -> dict[str, Any]:
     """What an update needs to know of a model: where it came from, how it was trained, and its core set."""
     rows = {each.name: len(each) for each in sets}
+    data = {each.name: {"digest": each.digest, "rows": rows[each.name], "type": each.type} for each in sets}
+    for each in sets:
+        if each.settings.hub is not None:
+            data[each.name]["revision"] = each.settings.revision
     return {
         "form": _FORM,
         "base": config.model.path,
@@ -330,7 +341,7 @@ def training_lineage(
         "config_text": config.text,
         "config_where": os.path.abspath(config.where),
         "core": {"folder": str(run / CORE), "percent": config.core} if config.core else None,
-        "data": {each.name: {"digest": each.digest, "rows": rows[each.name], "type": each.type} for each in sets},
+        "data": data,
         "rows_in_all": sum(rows.values()),
         "row_passes": sum(done.rows for done in trained.values()),
     }

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from embeddings.evaluation.result import write_whole
 from embeddings.training.config import TrainingConfig
 from embeddings.training.data_settings import GRADED, DataSettings
+from embeddings.training.hub_data import HubRevisions
 from embeddings.training.set_builder import MARKER, SetBuilder, Tokenize
 from embeddings.training.source_digests import FileDigests, cache_key
 from embeddings.training.token_table import Ragged, TokenTable, mapped
@@ -78,6 +79,7 @@ def load_sets(
     *,
     data: Sequence[DataSettings] | None = None,
     transformer: Callable[[], Any] | None = None,
+    fresh: bool = False,
 ) -> list[TrainingSet]:
     """The data sets of a configuration, from the cache or from their sources.
 
@@ -85,14 +87,16 @@ def load_sets(
         cache: a folder; made where it is missing.
         data: other data sets than the configuration's.
         transformer: opens the SentenceTransformer that mines hard negatives; by default the configuration's model.
+        fresh: read what the hub has now, and not the revision that is known in the cache.
 
     Raises:
         CuveeError: at the file and line of the first row that is wrong.
     """
     progress = progress or (lambda what, done, total: None)
-    files = FileDigests(cache / "files.json")
+    files, revisions = FileDigests(cache / "files.json"), HubRevisions(cache / "hub.json", fresh=fresh)
     sets = []
-    for settings in config.data if data is None else data:
+    for entry in config.data if data is None else data:
+        settings, notes = revisions.pinned(entry)
         key = cache_key(settings, config, tokenize.digest, files)
         files.save()
         folder = cache / key
@@ -105,7 +109,7 @@ def load_sets(
                     build(staging)
                 found = _open(folder, settings)
         assert found is not None
-        sets.append(found)
+        sets.append(replace(found, notes=(*found.notes, *notes)))
     return sets
 
 

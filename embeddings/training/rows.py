@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.evaluation import suite
+from embeddings.training import hub_data
 from embeddings.training.data_settings import DataSettings
 from merging.columns import ALIASES, keys_of
 from merging.errors import CuveeError
@@ -261,7 +262,7 @@ def _distinct(
 def _raw(settings: DataSettings) -> Iterator[tuple[str, _Raw]]:
     """Each row as its source has it, and the place where it stands."""
     if settings.hub is not None:
-        yield from _of_hub(settings)
+        yield from hub_data.rows(settings)
     elif settings.task is not None:
         yield from _of_task(settings)
     else:
@@ -283,20 +284,3 @@ def _of_task(settings: DataSettings) -> Iterator[tuple[str, _Raw]]:
     for line, raw in raw_rows(tables["rows"]):
         own = {name: raw[column] for name, column in named.items() if column in raw}
         yield f"{tables['rows']}:{line}", {**raw, **own} if own else raw
-
-
-def _of_hub(settings: DataSettings) -> Iterator[tuple[str, _Raw]]:
-    import datasets
-
-    assert settings.hub is not None
-    place = settings.hub + (f" ({settings.subset})" if settings.subset else "")
-    try:
-        table = datasets.load_dataset(settings.hub, settings.subset, split=settings.split, revision=settings.revision)
-    except Exception as error:  # whatever the hub, its libraries and a stranger's files can raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CuveeError(f"{place} cannot be loaded: {reason:.300}", where=settings.where) from error
-    number = 0
-    for batch in table.iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield f"{place}, {settings.split}, row {number}", dict(zip(batch, values, strict=True))

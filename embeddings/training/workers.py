@@ -119,7 +119,7 @@ def _work(config: TrainingConfig, run: Path, name: str, options: Options, thread
 
     try:
         with disk_errors(run), only_our_words():
-            sets = bag.read_sets(config, run, options, silent, silent)
+            sets = bag.read_sets(config, run, replace(options, force=False), silent, silent)  # what the run has read
             job = bag.jobs_by_name(config, sets, run)[name]
             bag.train_member(config, sets, job, options, progress, run)
     except CuveeError as error:
