@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -97,6 +98,32 @@ def test_the_pages_methods_pass_the_contract_by_the_pages_command(my_methods: Pa
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None and int(passed[1]) > 60
+
+
+def test_the_page_on_training_shows_what_can_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its configurations are read without a mistake, and its Python makes rows."""
+    from embeddings.training import config
+    from embeddings.training.rows import examples
+
+    page = ROOT / "docs" / "train.md"
+    monkeypatch.chdir(tmp_path)
+    Path("base").mkdir()
+    for name in ("pairs.jsonl.gz", "tickets.csv"):
+        Path(name).write_bytes(b"")
+    whole, update = code_blocks(page, "yaml")
+    read = config.parse(whole, str(tmp_path / "config.yml"))
+    assert {data.name for data in read.data} == {"word", "phenotype", "pairs", "all-nli-triplet"}
+    Path("new.yml").write_text(update, encoding="utf-8")
+    assert [data.type for data in config.data_settings("new.yml")] == ["Classification"]
+    passages = [
+        {"text": text, "utility": utility, "correct": True} for text, utility in (("a", 0.9), ("b", 0.9), ("c", 0.2))
+    ]
+    Path("scored.jsonl").write_text(json.dumps({"query": "q", "candidates": passages}) + "\n", encoding="utf-8")
+    (code,) = code_blocks(page, "python")
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == "1 rows\n"
+    (row,) = examples(config.data_settings("rows.jsonl.gz")[0])
+    assert (row.query, row.positives, row.negatives) == ("q", ("a", "b"), ("c",))
 
 
 @pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=lambda page: page.name)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +105,24 @@ def grouped(pairs: Iterable[tuple[str, str, float]], *, threshold: float) -> Ite
 
 
 def write_jsonl(rows: Iterable[Mapping[str, Any]], file: Path) -> int:
-    """Writes rows as JSONL and says how many."""
-    count = 0
-    with open(file, "w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
+    """Writes rows as JSONL, gzipped where the name ends in .gz, and says how many; all of them or no file.
+
+    Raises:
+        CuveeError: it cannot be written; or of the rows.
+    """
+    count, staged = 0, file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        opened = gzip.open if file.suffix.lower() == ".gz" else open
+        with opened(staged, "wt", encoding="utf-8") as stream:
+            for row in rows:
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        staged.replace(file)
+    except OSError as error:
+        raise CuveeError(f"cannot write: {error.strerror}", where=str(file)) from error
+    finally:
+        with suppress(OSError):
+            staged.unlink()
     return count
 
 

@@ -70,6 +70,21 @@ def test_files_are_converted_and_read_by_training(tmp_path: Path) -> None:
     assert write_jsonl(convert_candidates(tmp_path / "scored.jsonl"), out) == 1
     (example,) = examples(data_settings(out)[0])
     assert (example.query, example.positives, example.negatives) == ("q", ("a",), ("b",))
+    packed = tmp_path / "rows.jsonl.gz"
+    write_jsonl(convert_candidates(tmp_path / "scored.jsonl"), packed)
+    assert list(examples(data_settings(packed)[0])) == [example]
+
+
+def test_rows_are_written_all_or_none(tmp_path: Path) -> None:
+    (tmp_path / "scored.jsonl").write_text('{"query": "q", "candidates": []}\n{"query": ""}\n', encoding="utf-8")
+    out = tmp_path / "rows.jsonl"
+    out.write_text("what was there\n", encoding="utf-8")
+    with pytest.raises(CuveeError, match=r"scored\.jsonl:2: "):
+        write_jsonl(convert_candidates(tmp_path / "scored.jsonl"), out)
+    assert out.read_text("utf-8") == "what was there\n"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.jsonl", "scored.jsonl"]
+    with pytest.raises(CuveeError, match="cannot write: No such file"):
+        write_jsonl([], tmp_path / "nowhere" / "rows.jsonl")
 
 
 @pytest.mark.parametrize(
