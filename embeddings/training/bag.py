@@ -191,7 +191,7 @@ def read_sets(config: TrainingConfig, run: Path, options: Options, progress: Wor
 
 
 class Tokenizer:
-    """`training_data.Tokenize` by the configuration's backbone, which is opened when it is needed first."""
+    """`data.Tokenize` by the configuration's backbone, which is opened when it is needed first."""
 
     def __init__(self, config: TrainingConfig) -> None:
         self._config = config

@@ -31,7 +31,6 @@ from embeddings.training.data_settings import (
     SIDES,
     DataSettings,
     LossSettings,
-    MiningSettings,
     data_file,
     data_list,
     loss_settings,
@@ -52,6 +51,7 @@ from embeddings.training.fields import (
     texts,
     told_as,
 )
+from embeddings.training.mining_settings import MiningSettings
 from merging import node
 from merging.errors import CuveeError
 from merging.node import Node

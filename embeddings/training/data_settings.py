@@ -25,7 +25,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from embeddings.training.fields import (
     text,
     texts,
 )
+from embeddings.training.mining_settings import MiningSettings, mining_settings
 from merging.errors import CuveeError
 from merging.node import Node
 from merging.setting import did_you_mean, quoted, refuse_unknown_keys
@@ -92,28 +93,6 @@ class LossSettings:
     in_batch: bool | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True)
-class MiningSettings:
-    """Hard negatives, found by `sentence_transformers.util.mine_hard_negatives`, whose names these are.
-
-    Attributes:
-        negatives: a row's at most; rows for which fewer are found keep those.
-        range_min, range_max: ranks of the nearest documents to choose from.
-        relative_margin: a negative's similarity is at least this share of the positive's below it.
-        sampling: "top" or "random".
-    """
-
-    negatives: int = 5
-    range_min: int = 0
-    range_max: int | None = None
-    max_score: float | None = None
-    min_score: float | None = None
-    absolute_margin: float | None = None
-    relative_margin: float | None = 0.05
-    sampling: str = "top"
-    batch_size: int = 32
 
 
 @dataclass(frozen=True)
@@ -309,7 +288,7 @@ def _common(node: Node, type_: str) -> dict[str, Any]:
         "batch_size": number(node, "batch_size", None, low=1, whole=True),
         "loss": loss_settings(given(node, "loss")),
         "negatives": number(node, "negatives", None, low=0, whole=True),
-        "mine": _mining(node, type_),
+        "mine": mining_settings(node, type_),
         "scale": _scale(node, type_),
         "where": node.where,
     }
@@ -334,38 +313,6 @@ def _prompt(node: Node, type_: str) -> dict[str, str] | None:
         if not isinstance(item.value, str | None):
             raise CuveeError(f"the prompt of '{side}' must be text, not {item}", where=item.where, mend="quote it")
     return {side: prompt.value[side].value or "" if side in prompt.value else "" for side in SIDES}
-
-
-def _mining(node: Node, type_: str) -> MiningSettings | None:
-    mine = mapping(node, "mine", "{negatives: 5}")
-    if mine is None:
-        return None
-    if type_ not in ("Retrieval", "Reranking", "BitextMining"):
-        mend = "remove it: it is for queries with positives"
-        raise CuveeError(f"hard negatives are not mined for {type_}", where=mine.where, mend=mend)
-    refuse_unknown_keys(mine, [each.name for each in fields(MiningSettings)], "'mine'")
-    found = MiningSettings(
-        negatives=number(mine, "negatives", MiningSettings.negatives, low=1, whole=True),
-        range_min=number(mine, "range_min", 0, low=0, whole=True),
-        range_max=number(mine, "range_max", None, low=1, whole=True),
-        max_score=number(mine, "max_score", None, low=-1, high=1),
-        min_score=number(mine, "min_score", None, low=-1, high=1),
-        absolute_margin=number(mine, "absolute_margin", None, low=0, high=2),
-        relative_margin=_margin(mine),
-        sampling=choice(mine, "sampling", ("top", "random"), MiningSettings.sampling),
-        batch_size=number(mine, "batch_size", MiningSettings.batch_size, low=1, whole=True),
-    )
-    if found.range_max is not None and found.range_max - found.range_min < found.negatives:
-        what = f"ranks {found.range_min} to {found.range_max} leave fewer than {found.negatives} to choose from"
-        raise CuveeError(what, where=mine.where, mend="raise 'range_max'")
-    return found
-
-
-def _margin(mine: Node) -> float | None:
-    node = mine.value.get("relative_margin")
-    if node is None:
-        return None if given(mine, "absolute_margin") else MiningSettings.relative_margin
-    return None if node.value is None else number_of(node, "relative_margin", low=0, high=1)
 
 
 def _scale(node: Node, type_: str) -> tuple[float, float] | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from embeddings.training.data_settings import MiningSettings
+from embeddings.training.mining_settings import MiningSettings
 from embeddings.training.rows import Example
 from merging.errors import CuveeError
 

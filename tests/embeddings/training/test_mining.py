@@ -12,8 +12,8 @@ import pytest
 from embeddings.evaluation import suite
 from embeddings.training.config import parse
 from embeddings.training.data import load_sets, read_texts
-from embeddings.training.data_settings import MiningSettings
 from embeddings.training.mining import mine
+from embeddings.training.mining_settings import MiningSettings
 from embeddings.training.rows import Example
 from merging.errors import CuveeError
 
