@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merging import handover, lineage, methods
+from merging import handover, lineage, methods, recipe_statistics
 from merging.checkpoint import Checkpoint
 from merging.errors import CheckpointError, MergeError
 from merging.execution import Execution, Progress
@@ -70,6 +70,12 @@ def merge(
     refuse_existing(out, force=force)
     entry = _method(recipe)
     reason = handover.needs_mergekit(recipe, entry is not None, relative_to)
+    if reason is not None and entry is not None and not handover.has_method(entry.name):
+        raise MergeError(
+            f"mergekit would have to run this merge, because {reason}, and has no '{entry.name}'",
+            where=recipe.at("merge_method"),
+            mend="merge whole models of one vocabulary",
+        )
     for line in recipe.check(entry, mergekit_only=reason is not None):
         note(line)
     options = {"seed": seed, "device": device}
@@ -80,6 +86,18 @@ def merge(
         )
     views = _open(recipe, entry, out, relative_to)
     try:
+        recipe_statistics.attach(
+            recipe,
+            entry,
+            views.models,
+            out,
+            relative_to=relative_to,
+            seed=seed,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            dry_run=dry_run,
+            note=note,
+        )
         plan = make_plan(recipe, entry, views.models, views.base)
         for line in plan.notes:
             note(line)
@@ -88,16 +106,16 @@ def merge(
         if dry_run:
             return {**summary, "dry_run": True, "seconds": _since(began), "cuvee_version": lineage.cuvee_version()}
         with staged(out, force=force) as staging:
-            written = Execution(plan, seed, backend, device, threads or default_threads(), progress).run(
-                staging, shard_size
-            )
-            inputs = [
-                {"model": str(v.ref), "path": str(v.checkpoint.path), "digest": v.digest(), "notes": list(v.notes)}
-                for v in views.all
-            ]
-            _add_side_files(
-                staging, recipe, entry, views, plan, {str(i["model"]): str(i["digest"]) for i in inputs}, relative_to
-            )
+            execution = Execution(plan, seed, backend, device, threads or default_threads(), progress)
+            written = execution.run(staging, shard_size)
+            for line in execution.notes:
+                note(line)
+            inputs = [_input(view) for view in views.all]
+            digests = {str(i["model"]): str(i["digest"]) for i in inputs}
+            recipe_statistics.refuse_other_models(views.models, digests)
+            if execution.owners:
+                summary["owned"] = execution.owners.shares
+            _add_side_files(staging, recipe, entry, views, plan, digests, relative_to)
             summary["seconds"] = _since(began)
             more = {"recipe": recipe.text, "inputs": inputs, "output": written, "shard_size": shard_size}
             _write_lineage(staging, summary, more, relative_to)
@@ -174,6 +192,8 @@ def _unchanged(past: dict[str, Any], where: str) -> Path:
                 if digests.get(str(ref)) not in (None, view.digest()):
                     raise MergeError("has changed since that merge", where=str(ref), mend="restore it, or merge anew")
                 view.checkpoint.close()
+            if any(entry.get("statistics") for entry in past["inputs"]):
+                recipe_statistics.refuse_changed(Recipe.parse(past["recipe"], where), past["inputs"], folder)
             return folder
         except CheckpointError:
             if folder is folders[-1]:
@@ -216,6 +236,12 @@ def _refuse_replacing(out: Path, views: Iterable[View]) -> None:
     ]
     if any(real in (folder.resolve(), *folder.resolve().parents) for folder in folders):
         raise MergeError("the output would replace an input", where=str(out), mend="choose another folder")
+
+
+def _input(view: View) -> dict[str, Any]:
+    """What a lineage says of a model that went in."""
+    place = {"model": str(view.ref), "path": str(view.checkpoint.path)}
+    return {**place, "digest": view.digest(), "notes": list(view.notes), **recipe_statistics.described(view)}
 
 
 def _hand_over(
@@ -337,7 +363,7 @@ def _summary(recipe: Recipe, plan: Plan, views: _Views, out: Path) -> dict[str, 
 
 
 def _check_space(out: Path, plan: Plan) -> None:
-    needed = sum(step.written for step in plan.steps)
+    needed = sum(step.written for step in plan.steps) + sum(math.prod(shape) for _, shape in plan.owned)
     parent = next(p for p in out.absolute().parents if os.path.exists(p))  # False where one may not look
     free = shutil.disk_usage(parent).free
     if needed > free:

@@ -20,7 +20,8 @@ from merging import kernels, lineage
 from merging.checkpoint import DTYPE_BYTES, CheckpointWriter
 from merging.errors import MergeError
 from merging.inputs import CACHE_BYTES, Inputs, NonFinite, Workspace
-from merging.plan import Plan, Step
+from merging.ownership import OwnershipWriter
+from merging.plan import Plan, Step, quoted_some
 from merging.random_streams import stream_key
 from merging.views import FileTensor, same_bytes
 
@@ -51,6 +52,8 @@ class Execution:
         self.lock = threading.Lock()
         self.failed = threading.Event()
         self.digests: list[tuple[str, str, tuple[int, ...], str]] = []
+        self._notes: dict[tuple[str, bool], set[str]] = {}  # the tensors by (text, of all)
+        self.owners: OwnershipWriter | None = None
 
     def run(self, staging: Path, shard_size: int) -> str:
         """Writes all shards; returns the digest of what was written."""
@@ -59,10 +62,23 @@ class Execution:
             surveys = self._survey([s for s in steps if s.method.survey and s.action == "merge"])
             writer = CheckpointWriter(staging, [(s.name, s.dtype, s.shape) for s in steps], shard_size, self.plan.parts)
             try:
+                if owned := self.plan.owned:
+                    self.owners = OwnershipWriter(staging, owned, self.plan.models)
                 self._each(_large_first(steps, self.threads), lambda step: self._write(step, writer, surveys))
             finally:
                 writer.close()
+                if self.owners:
+                    self.owners.close()
         return lineage.combined_digest(self.digests)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the methods had to say, a line each."""
+        order = {step.name: place for place, step in enumerate(self.plan.steps)}
+        return sorted(
+            text if of_all else f"{text}: {quoted_some(sorted(names, key=order.__getitem__))}"
+            for (text, of_all), names in self._notes.items()
+        )
 
     def _each(self, steps: Sequence[Step], work: Callable[[Step], None]) -> None:
         """Runs `work` on every step; the first error stops the others and is raised."""
@@ -96,12 +112,12 @@ class Execution:
             future.result()
 
     def _survey(self, steps: Sequence[Step]) -> list[np.ndarray]:
-        """Statistics over the whole model, a stage after the other, until the method asks for no more."""
+        """What methods must know of the whole model, a stage after the other, until they ask for no more."""
         found: list[np.ndarray] = []
         while steps:
-            stage: list[np.ndarray] = []
+            stage = Stage()
 
-            def work(step: Step, stage: list[np.ndarray] = stage) -> None:
+            def work(step: Step, stage: Stage = stage) -> None:
                 inputs, tensors = self._inputs(step, found)
                 assert step.method.survey is not None
                 if (
@@ -110,12 +126,12 @@ class Execution:
                     is not None
                 ):
                     with self.lock:
-                        stage.append(part) if not stage else stage.__setitem__(0, stage[0] + part)
+                        stage.add(step.name, part)
 
             self._each(steps, work)
-            if not stage:
+            if (total := stage.total([step.name for step in steps])) is None:
                 break
-            found.append(stage[0])
+            found.append(total)
         return found
 
     def _inputs(self, step: Step, surveys: list[np.ndarray]) -> tuple[Inputs, list[FileTensor]]:
@@ -130,8 +146,14 @@ class Execution:
             lambda index: stream_key(self.seed, step.name, index),
             surveys,
             whole_rows=any(t.whole_rows for t in tensors),
+            statistics=[view.statistic(info) for view, info in step.models] if step.statistics else (),
+            note=lambda text, of_all: self._note(step.name, text, of_all),
         )
         return inputs, tensors
+
+    def _note(self, name: str, text: str, of_all: bool) -> None:
+        with self.lock:
+            self._notes.setdefault((text, of_all), set()).add(name)
 
     def _workspace(self) -> Workspace:
         if not hasattr(self.local, "workspace"):
@@ -180,6 +202,8 @@ class Execution:
                 )
             digest.update(raw.data)
             writer.write(step.name, chunk.start * size, raw.data)
+            if self.owners and chunk.owners is not None:
+                self.owners.write(step.name, chunk.start, inputs.kernels.to_host(chunk.owners))
 
     def _copy(self, step: Step, tensors: list[FileTensor], writer: CheckpointWriter, digest: Any) -> None:
         first = tensors[-1] if step.base else tensors[0]
@@ -195,6 +219,26 @@ class Execution:
             first.view.checkpoint.read_into(first.info, start, part)
             digest.update(part)
             writer.write(step.name, start, part)
+
+
+class Stage:
+    """Sums what a survey returns of each tensor. Whole numbers at once; others in the tensors' order, so that it does not
+    matter which thread comes first."""
+
+    def __init__(self) -> None:
+        self._whole: np.ndarray | None = None
+        self._parts: dict[str, np.ndarray] = {}
+
+    def add(self, name: str, part: np.ndarray) -> None:
+        if np.issubdtype(part.dtype, np.integer):
+            self._whole = part if self._whole is None else self._whole + part
+        else:
+            self._parts[name] = part
+
+    def total(self, order: Sequence[str]) -> np.ndarray | None:
+        parts = [self._parts[name] for name in order if name in self._parts]
+        everything = parts if self._whole is None else [self._whole, *parts]
+        return sum(everything[1:], start=everything[0]) if everything else None
 
 
 def _finite(step: Step, tensors: list[FileTensor], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

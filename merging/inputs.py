@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 #: A chunk's values: float32, on whatever device the kernels run (numpy or torch).
 Values: TypeAlias = Any
 CACHE_BYTES = 3 << 20  # what one chunk of all models takes on the CPU: small enough for the cache, worth its overhead
-_SMALL = 1 << 18  # elements up to which all models' vectors of a tensor may be held at once
+SMALL = 1 << 18  # elements up to which all models' vectors of a tensor may be held at once
 
 
 class Tensor(Protocol):
@@ -26,6 +26,18 @@ class Tensor(Protocol):
 
     def load(self, start: int, stop: int, values: Values, workspace: Workspace) -> bool:
         """Fills `values` (stop − start,) with those elements as float32. False if any is NaN or infinite."""
+
+
+class Statistic(Protocol):
+    """What is known of one model's weights in one tensor, see `merging.weight_statistics`."""
+
+    kind: str  # "fisher", "moments" or "gram"
+
+    def load(self, start: int, stop: int, values: Values, workspace: Workspace) -> None:
+        """Fills `values` (stop − start,) with the importance of those elements: at least 0, finite; not of a Gram matrix."""
+
+    def gram(self) -> tuple[NDArray[np.float32], int]:
+        """A Gram matrix of the layer's inputs (inputs, inputs), and the axis of the tensor over which the inputs run."""
 
 
 class NonFinite(Exception):
@@ -64,7 +76,12 @@ class Workspace:
 
 @dataclass
 class Chunk:
-    """Elements start … stop of one tensor. `models` (k, n) and `base` (n,) may be changed in place; `out` (n,) is free."""
+    """Elements start … stop of one tensor. `models` (k, n) and `base` (n,) may be changed in place; `out` (n,) is free.
+
+    `statistics` (k, n), where they were asked for, are the models' importances of these elements, 1 for a model that has none
+    of this tensor; they may be changed too. A method that takes every coordinate from one model leaves in `owners` (n,)
+    whose it is: 0 for the base's, i for the i-th model's.
+    """
 
     start: int
     stop: int
@@ -72,6 +89,8 @@ class Chunk:
     base: Values | None
     stack: Values  # (k + 1, n): the base, where there is one, above the models; else the models
     out: Values
+    statistics: Values = None
+    owners: Values = None
 
     def deltas(self) -> Values:
         """The task vectors θᵢ − θ₀ (k, n), computed in place of the models."""
@@ -81,10 +100,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Final:
-    """The last pass: `run` turns a chunk, made of whole rows of `columns` elements, into its merged values."""
+    """The last pass: `run` turns a chunk, made of whole rows of `columns` elements, into its merged values.
+
+    `statistics`: whether the chunks come with the models' statistics.
+    """
 
     run: Callable[[Chunk], Values]
     columns: int = 1
+    statistics: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +130,9 @@ class Inputs:
         key: from an index of a model to the key of its random stream for this tensor.
         surveys: what the method's survey gathered over the whole model, a list with one array a stage.
         whole_rows: chunks must hold whole rows, because an input is computed by rows (a LoRA correction).
+        statistics: of each model, or None where it has none of this tensor; empty where the recipe names none.
+        note: called with what the user should know, and whether it holds of the whole model; else of this tensor. In words
+            that are the same for every tensor: each is told once.
     """
 
     def __init__(
@@ -118,6 +144,8 @@ class Inputs:
         key: Callable[[int], int],
         surveys: Sequence[NDArray[Any]] = (),
         whole_rows: bool = False,
+        statistics: Sequence[Statistic | None] = (),
+        note: Callable[[str, bool], None] = lambda text, of_all: None,
     ) -> None:
         self.workspace, self.models, self.base, self.shape, self.key = workspace, models, base, shape, key
         self.surveys = surveys
@@ -126,32 +154,59 @@ class Inputs:
         #: Length of a row: of the last dimension, and of all but the first (a filter's weights).
         self.columns = shape[-1] if shape else 1
         self.filter_size = math.prod(shape[1:]) if len(shape) > 1 else self.numel
+        self.statistics = statistics
+        self._note = note
         self._whole_rows = whole_rows
 
     # ---- passes ----
 
-    def chunks(self, columns: int = 1) -> Iterator[Chunk]:
+    def chunks(
+        self,
+        columns: int = 1,
+        models: Sequence[int] | None = None,
+        statistics: bool = False,
+        weights: bool = True,
+    ) -> Iterator[Chunk]:
         """Goes over the tensor once, in order; every chunk holds whole rows of `columns` elements.
+
+        Args:
+            models: read these alone, and the base; by default all.
+            statistics: read the models' statistics too.
+            weights: read the models and the base; else what the chunk says of them is undefined.
 
         Raises:
             NonFinite: a value is NaN or infinite.
         """
         columns = max(columns, self.filter_size if self._whole_rows else 1, 1)
-        has_base = self.base is not None
-        rows = len(self.models) + has_base
-        size = max(1, self.workspace.capacity // ((rows + 1) * columns)) * columns
-        buffer = self.workspace.floats(min(size, self.numel) * (rows + 1))
+        chosen = range(len(self.models)) if models is None else models
+        count, has_base = len(chosen), self.base is not None
+        rows = count + has_base
+        held = rows + 1 + (count if statistics else 0)
+        size = max(1, self.workspace.capacity // (held * columns)) * columns
+        buffer = self.workspace.floats(min(size, self.numel) * held)
         for start in range(0, self.numel, size):
             stop = min(start + size, self.numel)
             n = stop - start
             stack = buffer[: rows * n].reshape(rows, n)
             out = buffer[rows * n : (rows + 1) * n]
-            if self.base is not None and not self.base.load(start, stop, stack[0], self.workspace):
+            if weights and self.base is not None and not self.base.load(start, stop, stack[0], self.workspace):
                 raise NonFinite(-1)
-            for index, model in enumerate(self.models):
-                if not model.load(start, stop, stack[index + has_base], self.workspace):
+            for row, index in enumerate(chosen, int(has_base)):
+                if weights and not self.models[index].load(start, stop, stack[row], self.workspace):
                     raise NonFinite(index)
-            yield Chunk(start, stop, stack[int(has_base) :], stack[0] if has_base else None, stack, out)
+            chunk = Chunk(start, stop, stack[int(has_base) :], stack[0] if has_base else None, stack, out)
+            if statistics:
+                chunk.statistics = buffer[(rows + 1) * n : held * n].reshape(count, n)
+                for row, index in enumerate(chosen):
+                    self._load_statistic(index, start, stop, chunk.statistics[row])
+            yield chunk
+
+    def _load_statistic(self, index: int, start: int, stop: int, values: Values) -> None:
+        statistic = self.statistics[index] if self.statistics else None
+        if statistic is None:
+            values[:] = 1.0
+        else:
+            statistic.load(start, stop, values, self.workspace)
 
     def gram(self, deltas: bool = False, with_base: bool = False) -> NDArray[np.float64]:
         """Inner products, in float64, of the models, of their task vectors, or of base and models: (k, k)."""
@@ -178,12 +233,35 @@ class Inputs:
             total += self.kernels.row_gram(values.reshape(len(self.models), -1, columns), 1)
         return total
 
-    def total(self, function: Callable[[Chunk], Any], columns: int = 1) -> Any:
+    @property
+    def known(self) -> list[bool]:
+        """Of each model, whether there are statistics of this tensor."""
+        return [bool(self.statistics) and self.statistics[i] is not None for i in range(len(self.models))]
+
+    def saliency(self, chunk: Chunk) -> Values:
+        """√h·τ (k, n) of a chunk read with its statistics h, after `deltas()`, in their place: ranks as ½hτ² does.
+
+        Where a model has no statistics its task vector comes back: saliency is the magnitude.
+        """
+        for deltas, importance in zip(chunk.models, chunk.statistics, strict=True):
+            self.kernels.saliency(deltas, importance)
+        return chunk.statistics
+
+    def note(self, text: str, of_all: bool = False) -> None:
+        """Tells the user something of this tensor, or `of_all` of the model; each text once, with the tensors' names."""
+        self._note(text, of_all)
+
+    def total(self, function: Callable[[Chunk], Any], columns: int = 1, statistics: bool = False) -> Any:
         """The sum over all chunks of what `function` returns (numbers or host arrays)."""
-        return sum((function(chunk) for chunk in self.chunks(columns)), start=0.0)
+        return sum((function(chunk) for chunk in self.chunks(columns, statistics=statistics)), start=0.0)
 
     def cuts(
-        self, values: Callable[[Chunk], Sequence[Values]], largest: Sequence[Sequence[int]], columns: int = 1
+        self,
+        values: Callable[[Chunk], Sequence[Values]],
+        largest: Sequence[Sequence[int]],
+        columns: int = 1,
+        models: Sequence[int] | None = None,
+        statistics: bool = False,
     ) -> list[list[Cut]]:
         """Exact selection without a sort: where to cut to keep the k largest magnitudes.
 
@@ -192,22 +270,22 @@ class Inputs:
         Args:
             values: from a chunk to one float32 vector for each entry of `largest`; it may work in place.
             largest: for each of the vectors, the ks, each between 0 and numel.
-            columns: as in `chunks`.
+            columns, models, statistics: as in `chunks`.
         """
         kernels = self.kernels
-        if self.numel <= _SMALL:
+        if self.numel <= SMALL:
             whole = kernels.empty((len(largest), self.numel))
-            for chunk in self.chunks(columns):
+            for chunk in self.chunks(columns, models, statistics):
                 for row, vector in zip(whole, values(chunk), strict=True):
                     row[chunk.start : chunk.stop] = vector
             return [[Cut(*kernels.select(row, k)) for k in ks] for row, ks in zip(whole, largest, strict=True)]
         coarse = np.zeros((len(largest), 1 << 15), np.int64)
-        for chunk in self.chunks(columns):
+        for chunk in self.chunks(columns, models, statistics):
             for counts, vector in zip(coarse, values(chunk), strict=True):
                 kernels.histogram(vector, counts)
         bins = [[coarse_bin(counts, k) for k in ks] for counts, ks in zip(coarse, largest, strict=True)]
         fine = {(i, high): np.zeros(1 << 16, np.int64) for i, row in enumerate(bins) for high, _ in row}
-        for chunk in self.chunks(columns):
+        for chunk in self.chunks(columns, models, statistics):
             vectors = values(chunk)
             for (i, high), counts in fine.items():
                 kernels.fine_histogram(vectors[i], high, counts)
@@ -242,7 +320,7 @@ class Inputs:
 
     def apply(self, final: Final) -> Iterator[tuple[Chunk, Values]]:
         """Runs the last pass: each chunk and its merged values."""
-        for chunk in self.chunks(final.columns):
+        for chunk in self.chunks(final.columns, statistics=final.statistics):
             yield chunk, self.kernels.narrow(final.run(chunk))
 
     def _vector(self, weights: Sequence[float]) -> Values:

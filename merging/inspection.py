@@ -26,6 +26,7 @@ from merging.engine import default_threads
 from merging.errors import CuveeError
 from merging.execution import Progress
 from merging.inputs import Inputs, Values, Workspace
+from merging.ownership import read_ownership
 from merging.sources import ModelRef
 from merging.views import FileTensor, View, same_bytes
 
@@ -54,6 +55,8 @@ def inspect(
         - `opposite_signs`: share of the coordinates shared with another model where one is positive, the other negative;
         - `nan`, `inf`: how many values of the model are; they count as v = 0 in all other numbers.
 
+        `ownership`, by model, for those that a merge made of one model's coordinates each: see `merging.ownership`.
+
         null stands for what is not defined, say the cosine to a vector of zeros.
 
     Raises:
@@ -68,6 +71,7 @@ def inspect(
         for ref in refs:
             views.append(View.open(ref))  # noqa: PERF401 — those opened so far are closed when the next fails
         family = Family(views, base is not None, short_names(refs))
+        owned = {name: read_ownership(view.checkpoint.path) for name, view in zip(family.names, views, strict=True)}
         work = survey(family)
         tallies = _measure_all(work.pieces, family, threads or default_threads(), progress)
     finally:
@@ -77,6 +81,7 @@ def inspect(
         "command": "inspect",
         "out": None,
         **_result(family, work, tallies),
+        "ownership": {name: found for name, found in owned.items() if found is not None},
         "paths": {name: str(ref) for name, ref in zip(family.names, refs, strict=True)},
         "seed": None,
         "device": "cpu",

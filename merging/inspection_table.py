@@ -16,6 +16,7 @@ from rich.text import Text
 _WIDTH = 100  # of output that goes to a file or a pipe
 _ROWS_PER_STACK = 12
 _ENTRIES = 20  # of differences shown
+_KINDS = 40  # of modules, up to which there is a table of them
 _LEGEND = (
     "sign conflict: share of coordinates whose sign is not that of the sum over all models\n"
     "opposite signs: share where one of the two is positive, the other negative"
@@ -42,6 +43,10 @@ def show_tables(result: Mapping[str, Any], groups: bool = True, console: Console
     if groups and result["groups"]:
         console.print()
         console.print(_groups(result["groups"], names, bool(base)))
+    for name, owned in result["ownership"].items():
+        for table in ownership_tables(name, owned, groups):
+            console.print()
+            console.print(table)
     if odd := _odd(result):
         console.print()
         for line in odd:
@@ -117,6 +122,32 @@ def _groups(groups: Mapping[str, Any], names: Sequence[str], has_base: bool) -> 
             cells.append(_optional(_mean(value for some in values for value in some), show))
         table.add_row(escape(label), *cells)
     return table
+
+
+def ownership_tables(name: str, owned: Mapping[str, Any], groups: bool) -> Iterable[Table]:
+    """Whose the coordinates of a merge are: all of them, by layer group, and by kind of module."""
+    models = [_last_part(model) for model in owned["models"]]
+
+    def table(title: str, rows: Iterable[tuple[str, Sequence[int]]]) -> Table:
+        made = _table(title)
+        made.add_column("", overflow="fold", max_width=34)
+        for header in ("base", *map(escape, models)):
+            made.add_column(header, justify="right", overflow="ellipsis", no_wrap=True)
+        for label, counts in rows:
+            made.add_row(escape(label), *(_percent(count / max(1, sum(counts))) for count in counts))
+        return made
+
+    by_group = [
+        (label, [sum(counts) for counts in zip(*(owned["groups"][group] for group in members), strict=True)])
+        for label, members in collapse(owned["groups"])
+    ]
+    yield table(f"whose the coordinates of {name} are", [("all", owned["total"]), *(by_group if groups else [])])
+    if groups and len(owned["kinds"]) <= _KINDS:
+        yield table("by kind of module", owned["kinds"].items())
+
+
+def _last_part(model: str) -> str:
+    return model.rstrip("/").rpartition("/")[2] or model
 
 
 def collapse(groups: Iterable[str]) -> Iterable[tuple[str, list[str]]]:

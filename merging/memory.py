@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from merging import kernels, methods
 from merging.errors import MergeError
 from merging.inputs import CACHE_BYTES, Inputs, NonFinite, Values, Workspace
 from merging.random_streams import stream_key
+from merging.weight_statistics import of_array
 
 Floats = NDArray[np.float32]
 
@@ -35,6 +36,9 @@ def merge_arrays(
     key: str = "tensor",
     backend: str = "auto",
     chunk: int | None = None,
+    statistics: Sequence[Floats | None] | None = None,
+    axis: int = 1,
+    note: Callable[[str], None] = lambda line: None,
     **parameters: Any,
 ) -> Floats:
     """Merges one tensor given as float32 arrays of one shape.
@@ -45,6 +49,10 @@ def merge_arrays(
         key: the tensor's name, which random draws depend on.
         backend: see `merging.kernels.load`.
         chunk: elements per chunk, about; by default what fits the cache.
+        statistics: for methods that take them, of each model: the Fisher diagonal or what else broadcasts to the shape, or,
+            where the method takes Gram matrices, (inputs, inputs); None for a model without.
+        axis: of the tensor, over which its layer's inputs run; for Gram matrices.
+        note: called with each line that the user should know.
         parameters: as in a recipe; a per-model parameter is a list or one number for all. `lambda_` means `lambda`.
 
     Raises:
@@ -73,6 +81,15 @@ def merge_arrays(
     shape = models[0].shape
     if any(array.shape != shape for array in [*models, *([] if base is None else [base])]):
         raise MergeError(f"shapes differ: {[array.shape for array in models]}")
+    if statistics is not None and len(statistics) != len(models):
+        raise MergeError(f"statistics of {len(statistics)} models are given for {len(models)}")
+    wanted = bool(entry.statistics)
+    if entry.statistics_if is not None:
+        wanted = arguments[entry.statistics_if[0]] == entry.statistics_if[1]
+    if wanted and statistics is None:
+        raise MergeError(f"'{name}' needs statistics of every model", mend="give 'statistics', one array a model")
+    kind = entry.statistics[0] if entry.statistics else ""
+    streams = [None if array is None else of_array(array, shape, kind, axis) for array in statistics or []]
     rows = len(models) + (base is not None) + 1
     workspace = Workspace(kernels.load(backend), CACHE_BYTES // 4 if chunk is None else chunk * rows)
     inputs = Inputs(
@@ -81,6 +98,8 @@ def merge_arrays(
         None if base is None else ArrayTensor(base),
         shape,
         lambda index: stream_key(seed, key, index),
+        statistics=streams if wanted else [],
+        note=lambda text, of_all: note(text),
     )
     call = methods.keywords(arguments)
     merged = np.empty(inputs.numel, np.float32)
@@ -102,6 +121,8 @@ def _check(parameter: methods.Parameter, value: Any, models: int) -> None:
     if parameter.per_model and len(values) != models:
         raise MergeError(f"'{parameter.name}' has {len(values)} values for {models} models")
     for each in values:
+        if each is None and parameter.default is None:
+            continue
         if parameter.choices and each not in parameter.choices:
             raise MergeError(f"'{parameter.name}' is {each!r}, not one of {', '.join(parameter.choices)}")
         if parameter.type in (int, float) and (isinstance(each, bool) or not isinstance(each, int | float)):

@@ -26,6 +26,9 @@ _HEAD = """\
 rounds its result once. A parameter that is given *per model* stands under that model in the recipe, or once for all of them.
 A number may be a gradient over the layers (`[0, 0.5, 1]`) or depend on the tensor's name (`filter:`).
 
+Some methods know which weights matter: by statistics that `cuvee stats` computes from a few texts, named under each model as
+`stats: FOLDER`, or as `stats: {data: FILE, examples: 64}` to be computed on the way.
+
 Whatever else mergekit offers (slices, passthrough, mixtures of experts, tokenizer surgery) is handed over to it by the same
 command. How to write one of your own: [adding-a-method.md](adding-a-method.md).
 """
@@ -81,6 +84,7 @@ def markdown(chosen: Mapping[str, Method] | None = None) -> str:
     lines += [f"| [`{m.name}`](#{m.name}) | {m.title} | {_models(m)} |" for m in chosen.values()]
     for m in chosen.values():
         lines += ["", f"## {m.name}", "", f"**{m.title}** ({_linked(m.source)})", "", _details(m)]
+        lines += ["", f"{_statistics(m, '`')}."] if m.statistics else []
         if m.parameters:
             lines += ["", "| parameter | default | values | |", "| --- | --- | --- | --- |"]
             lines += [_markdown_row(parameter) for parameter in m.parameters.values()]
@@ -93,6 +97,8 @@ def _show_one(method: Method, console: Console) -> None:
     console.print(f"[bold]{escape(method.name)}[/bold]  {escape(method.title)}")
     console.print(f"{escape(_details(method))}\n", soft_wrap=False)
     console.print(f"models: {_models(method)}; source: {escape(method.source)}")
+    if method.statistics:
+        console.print(_statistics(method))
     if not method.parameters:
         return console.print("no parameters")
     table = _table()
@@ -111,6 +117,7 @@ def _entry(method: Method) -> dict[str, Any]:
         "models": [method.min_models, method.max_models],
         "summary": method.summary,
         "source": method.source,
+        "statistics": {"kinds": list(method.statistics), "if": method.statistics_if} if method.statistics else None,
         "parameters": {name: _parameter_entry(parameter) for name, parameter in method.parameters.items()},
     }
 
@@ -141,6 +148,13 @@ def _models(method: Method) -> str:
     return {"required": f"base + {count}", "optional": f"(base +) {count}", "none": count}[method.base]
 
 
+def _statistics(method: Method, mark: str = "'") -> str:
+    kinds = " or ".join(f"{mark}{kind}{mark}" for kind in method.statistics)
+    when = method.statistics_if
+    where = f" with {mark}{when[0]}: {when[1]}{mark}" if when else ""
+    return f"Statistics of every model: {kinds}{where}"
+
+
 def _signature(parameter: Parameter) -> str:
     name = f"{parameter.name}*" if parameter.per_model else parameter.name
     return name if parameter.default is REQUIRED else f"{name}={_default(parameter)}"
@@ -148,6 +162,8 @@ def _signature(parameter: Parameter) -> str:
 
 def _default(parameter: Parameter) -> str:
     value = parameter.default
+    if value is None:
+        return "auto"
     if isinstance(value, float):
         return f"{value:g}".replace("e-0", "e-")
     return str(value).lower() if isinstance(value, bool) else str(value)

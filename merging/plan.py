@@ -14,6 +14,7 @@ from merging.errors import MergeError
 from merging.methods import Method
 from merging.recipe import Recipe
 from merging.views import View
+from merging.weight_statistics import refuse_misfit
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 #: Buffers that libraries store or leave out at will; they follow whoever has them.
@@ -30,6 +31,7 @@ class Step:
         models: (view, its tensor) of those that take part, the base not counted.
         base: the base's tensor, where the method uses one.
         parameters: keyword arguments of the method.
+        statistics: whether the method works by statistics of the models.
         action: "merge" by the method, or "copy" of bytes that all holders must share.
     """
 
@@ -41,6 +43,7 @@ class Step:
     method: Method
     parameters: dict[str, Any]
     action: Literal["merge", "copy"]
+    statistics: bool = False
 
     @cached_property
     def written(self) -> int:
@@ -59,11 +62,18 @@ class Plan:
 
     Attributes:
         parts: sub-folders of the result that hold weights of their own, see `CheckpointWriter`.
+        models: those that take part, the base not counted, as the recipe names them.
     """
 
     steps: tuple[Step, ...]
     notes: tuple[str, ...]
     parts: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+
+    @property
+    def owned(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of the tensors of which the method says whose each coordinate is."""
+        return [(s.name, s.shape) for s in self.steps if s.method.ownership and s.action == "merge"]
 
 
 def make_plan(recipe: Recipe, method: Method, models: Sequence[View], base: View | None) -> Plan:
@@ -102,11 +112,12 @@ def make_plan(recipe: Recipe, method: Method, models: Sequence[View], base: View
         steps.append(step)
     notes = []
     if kept:
-        notes.append(f"kept {_named(kept)}, which only some models have")
+        notes.append(f"kept {quoted_some(kept)}, which only some models have")
     if dropped:
-        notes.append(f"dropped {_named(dropped)}, which only some models have")
+        notes.append(f"dropped {quoted_some(dropped)}, which only some models have")
     unmatched = recipe.unmatched(names)
-    return Plan(tuple(steps), (*notes, *unmatched), tuple(module_folders(lead.checkpoint.path)))
+    parts = tuple(module_folders(lead.checkpoint.path))
+    return Plan(tuple(steps), (*notes, *unmatched), parts, tuple(str(view.ref) for view in models))
 
 
 def _step(
@@ -140,7 +151,10 @@ def _step(
     if complete:
         shared, per_model = recipe.values(method, name, fraction)
         parameters = methods.keywords({**shared, **per_model})
-        return Step(name, first.shape, dtype, tuple(holders), pair, method, parameters, "merge")
+        statistics = recipe.wants_statistics(method)
+        if statistics:
+            _refuse_unfit_statistics(holders)
+        return Step(name, first.shape, dtype, tuple(holders), pair, method, parameters, "merge", statistics)
     # Not all have it: the plain mean of the models that do, or the base's own.
     source = holders or everyone
     mean = {"weight": [1.0] * len(source), "normalize": True}
@@ -178,6 +192,14 @@ def _shape_error(name: str, view: View, info: TensorInfo, other: View, different
     return MergeError(f"'{name}' is {list(a)} in {view.ref} but {list(b)} in {other.ref}", mend=mend)
 
 
+def _refuse_unfit_statistics(holders: list[tuple[View, TensorInfo]]) -> None:
+    for view, info in holders:
+        known = view.statistics
+        if known and info.name in known:
+            where = f"{known.path}: '{info.name}'"
+            refuse_misfit(known.kind, known.shape(info.name), known.axes.get(info.name, 1), info.shape, where)
+
+
 def _refuse_quantised(view: View) -> None:
     quantised = view.checkpoint.config.get("quantization_config")
     packed = next((info for info in view.tensors.values() if info.dtype.startswith("F8")), None)
@@ -190,6 +212,7 @@ def _refuse_quantised(view: View) -> None:
         )
 
 
-def _named(names: list[str]) -> str:
+def quoted_some(names: Sequence[str]) -> str:
+    """'a', 'b', 'c' and 5 more"""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(f"'{name}'" for name in names[:3]) + more

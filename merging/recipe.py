@@ -20,12 +20,12 @@ from merging.errors import RecipeError
 from merging.node import Node, read
 from merging.resolution import Resolution, check_names
 from merging.setting import Setting, did_you_mean, quoted, refuse_unknown_keys, settings
-from merging.sources import ModelRef, Source
+from merging.sources import ModelRef, Source, StatsRef
 
 if TYPE_CHECKING:
     from merging.methods.registry import Method
 
-__all__ = ["DTYPES", "MISSING", "ModelRef", "Recipe", "Setting", "Source"]
+__all__ = ["DTYPES", "MISSING", "ModelRef", "Recipe", "Setting", "Source", "StatsRef"]
 
 #: What `dtype` and `out_dtype` may be.
 DTYPES = ("float32", "bfloat16", "float16")
@@ -189,6 +189,17 @@ class Recipe:
         base = self.base_model.identity
         return tuple(source for source in self.models if source.model.identity != base)
 
+    def wants_statistics(self, method: Method) -> bool:
+        """Whether the method, with these parameters, works by statistics of its models."""
+        if not method.statistics or method.statistics_if is None:
+            return bool(method.statistics)
+        name, value = method.statistics_if
+        setting = self.parameters.get(name)
+        if setting is None:
+            return bool(method.parameters[name].default == value)
+        said = [c.value if isinstance(c.value, tuple) else (c.value,) for c in setting.conditions]
+        return any(value in each for each in said)
+
     def values(self, method: Method, tensor_name: str, t: float) -> tuple[dict[str, Any], dict[str, list[Any]]]:
         """A method's parameters for one tensor.
 
@@ -221,6 +232,8 @@ class Recipe:
         notes = check_names(method, self.parameters, self.models) if method else []
         _check_duplicates(self)
         if mergekit_only or method is None:
+            _refuse_statistics(self)
+        if mergekit_only or method is None:
             if self.missing != MISSING[0]:
                 raise RecipeError(
                     "mergekit, which runs this merge, knows no 'missing'", where=self.at("missing"), mend="remove it"
@@ -231,6 +244,7 @@ class Recipe:
             raise RecipeError(f"'{body}' are for mergekit alone", where=self.at(body), mend="list 'models' instead")
         notes += _check_base(self, method)
         _check_count(self, method)
+        notes += _check_statistics(self, method)
         self._resolution(method).refuse_weights_of_sum_0()
         return notes
 
@@ -406,3 +420,42 @@ def _check_count(recipe: Recipe, method: Method) -> None:
     raise RecipeError(
         f"'{method.name}' merges {amount} {models}{beside}, not {count}", where=recipe.at("models"), mend=mend
     )
+
+
+def _refuse_statistics(recipe: Recipe) -> None:
+    for source in recipe.models:
+        if source.stats is not None:
+            raise RecipeError(
+                "mergekit, which runs this merge, knows no 'stats'", where=source.stats.where, mend="remove it"
+            )
+
+
+def _check_statistics(recipe: Recipe, method: Method) -> list[str]:
+    wanted, merged = recipe.wants_statistics(method), recipe.merged(method)
+    if wanted:
+        for source in merged:
+            if source.stats is None:
+                kind = method.statistics[0]
+                raise RecipeError(
+                    f"'{method.name}' needs statistics of every model, and '{source.model}' has none",
+                    where=source.where,
+                    mend=f"add 'stats: FOLDER' under the model, made by 'cuvee stats MODEL --data FILE --kind {kind} "
+                    "--out FOLDER', or 'stats: {data: FILE}'",
+                )
+            kind = str(source.stats.options.get("kind", method.statistics[0]))
+            if kind not in method.statistics:
+                raise RecipeError(
+                    f"'{method.name}' cannot use statistics of kind '{kind}'",
+                    where=source.stats.where,
+                    mend=did_you_mean(kind, method.statistics, f"it takes {quoted(method.statistics)}"),
+                )
+    unused = [s for s in recipe.models if s.stats is not None and not (wanted and s in merged)]
+    if not unused:
+        return []
+    where = unused[0].stats.where if unused[0].stats else ""
+    if wanted:
+        return [f"{where}: the statistics of the base are ignored: it is what others are merged onto"]
+    if method.statistics_if is None:
+        return [f"{where}: 'stats' are ignored: '{method.name}' takes none"]
+    name, value = method.statistics_if
+    return [f"{where}: 'stats' are ignored: '{method.name}' takes them with '{name}: {value}'"]

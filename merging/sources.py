@@ -11,6 +11,13 @@ from merging.errors import RecipeError
 from merging.node import Node
 from merging.setting import Setting, refuse_unknown_keys, settings
 
+#: What a recipe may say of statistics to be computed on the way, and of which type.
+STATS_OPTIONS: Mapping[str, tuple[type, ...]] = {
+    "data": (str,), "kind": (str,), "examples": (int,), "seed": (int,), "device": (str,), "dtype": (str,),
+    "batch_size": (int,), "max_length": (int,), "head": (str,), "columns": (dict,), "temperature": (float, int),
+    "candidates": (int,),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ModelRef:
@@ -95,20 +102,69 @@ class ModelRef:
 
 
 @dataclass(frozen=True)
+class StatsRef:
+    """`stats:` of a model: a folder that `cuvee stats` has written, or the data to make one from on the way.
+
+    Attributes:
+        path: the folder; None where there is data.
+        options: of `cuvee stats`, `data` among them; empty where there is a folder.
+        where: "recipe.yml:5".
+    """
+
+    path: str | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
+
+    @classmethod
+    def of(cls, node: Node) -> StatsRef:
+        """Reads `FOLDER`, or `{data: FILE, examples: 64, …}`.
+
+        Raises:
+            RecipeError: neither, an unknown key, no data, a value of the wrong type.
+        """
+        if isinstance(node.value, StatsRef):
+            return node.value
+        if not isinstance(node.value, dict):
+            if node.text is None or not node.text.strip():
+                shown = "empty text" if node.text is not None else node
+                mend = "write 'stats: FOLDER', or 'stats: {data: FILE}'"
+                raise RecipeError(
+                    f"'stats' must be a folder that 'cuvee stats' has made, not {shown}", where=node.where, mend=mend
+                )
+            return cls(node.text, {}, node.where)
+        refuse_unknown_keys(node, tuple(STATS_OPTIONS), "'stats'")
+        options = {key: item.plain() for key, item in node.value.items() if item.value is not None}
+        for key, value in options.items():
+            if isinstance(value, bool) or not isinstance(value, STATS_OPTIONS[key]):
+                kind = {str: "text", dict: "a mapping", int: "a whole number", float: "a number"}[STATS_OPTIONS[key][0]]
+                item = node.value[key]
+                raise RecipeError(f"'{key}' of 'stats' must be {kind}, not {item}", where=item.where)
+        if "data" not in options:
+            raise RecipeError("'stats' names no data", where=node.where, mend="add 'data: FILE'")
+        return cls(None, options, node.where)
+
+    def plain(self) -> Any:
+        """What `of` reads, as Python values."""
+        return self.path if self.path is not None else dict(self.options)
+
+
+@dataclass(frozen=True)
 class Source:
     """One entry of `models:`.
 
     Attributes:
         where: "recipe.yml:4".
+        stats: statistics of the model, for methods that take them.
     """
 
     model: ModelRef
     parameters: Mapping[str, Setting] = field(default_factory=dict)
     where: str = field(default="", compare=False)
+    stats: StatsRef | None = None
 
     @classmethod
     def of(cls, node: Node, near: str = "") -> Source:
-        """Reads `{model: …, parameters: {…}}`, or a model alone.
+        """Reads `{model: …, parameters: {…}, stats: …}`, or a model alone.
 
         Raises:
             RecipeError: no model, an unknown key, a parameter that cannot be read.
@@ -117,17 +173,25 @@ class Source:
             return node.value
         if not isinstance(node.value, dict):
             return cls(ModelRef.of(node, near), {}, node.where)
-        refuse_unknown_keys(node, ("model", "parameters"), "a model")
+        refuse_unknown_keys(node, ("model", "parameters", "stats"), "a model")
         if "model" not in node.value:
             raise RecipeError("an entry of 'models' has no 'model'", where=node.where, mend="add 'model: PATH'")
         model = ModelRef.of(node.value["model"], near)
-        return cls(model, settings(node.value.get("parameters", Node(None, node.where))), node.where)
+        stats = node.value.get("stats")
+        return cls(
+            model,
+            settings(node.value.get("parameters", Node(None, node.where))),
+            node.where,
+            None if stats is None or stats.value is None else StatsRef.of(stats),
+        )
 
     def plain(self) -> Any:
         """What `of` reads, as Python values."""
         entry = {"model": self.model.plain()}
         if self.parameters:
             entry["parameters"] = {name: setting.plain() for name, setting in self.parameters.items()}
+        if self.stats is not None:
+            entry["stats"] = self.stats.plain()
         return entry
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
 from merging.adapter import Adapter
 from merging.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, locate
-from merging.inputs import Values, Workspace
+from merging.inputs import Statistic, Values, Workspace
 from merging.lineage import file_digest, weights_digest
 from merging.lowrank import Correction
 from merging.sources import ModelRef
+from merging.weight_statistics import of_folder
+
+if TYPE_CHECKING:
+    from merging.statistics import Statistics
 
 #: Output heads that a model with tied embeddings leaves out of its file, and where the embeddings then lie.
 _TIED = {
@@ -30,6 +35,7 @@ class View:
 
     Attributes:
         digests: of the tensors read so far, by stored name; filled by `FileTensor`.
+        statistics: what the recipe names for this model, if the method works by them.
     """
 
     def __init__(self, ref: ModelRef, checkpoint: Checkpoint, adapter: Adapter | None = None) -> None:
@@ -39,6 +45,7 @@ class View:
             self.tensors.update(adapter.replacements)
             self.tensors.update(adapter.additions)
         self.digests: dict[str, str] = {}
+        self.statistics: Statistics | None = None
         self._lock = threading.Lock()
         self._stored: dict[str, str] = {name: name for name in self.tensors}  # by the plan's name
 
@@ -92,6 +99,14 @@ class View:
     def tensor(self, info: TensorInfo) -> FileTensor:
         correction = self.adapter.corrections.get(info.name) if self.adapter else None
         return FileTensor(self, info, correction)
+
+    def statistic(self, info: TensorInfo) -> Statistic | None:
+        """What its statistics say of a tensor; None where they say nothing.
+
+        Raises:
+            MergeError: they do not fit the tensor, or cannot be statistics.
+        """
+        return of_folder(self.statistics, info.name, info.shape) if self.statistics else None
 
     def digest(self) -> str:
         """Digest of the weights as stored, an adapter's file included; tensors read already are not read again."""

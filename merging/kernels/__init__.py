@@ -46,8 +46,8 @@ class _ForLittleWork:
     """numpy for the kernels in which it is nearly as fast; the others compiled, and numba loaded, when first asked for."""
 
     _NUMPY = frozenset({
-        "combine", "drop", "empty", "finite", "gram", "host_buffer", "l1", "load", "narrow", "on_host", "row_gram",
-        "store", "to_host", "uniform_bits", "vector", "xp",
+        "cholesky", "combine", "drop", "empty", "finite", "gram", "host_buffer", "l1", "load", "narrow", "no_owners",
+        "on_host", "row_gram", "solve", "store", "to_host", "uniform_bits", "vector", "weigh", "wide", "xp",
     })  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:

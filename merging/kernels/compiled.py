@@ -11,51 +11,35 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import boolean, float32, float64, int64, uint16, uint32, uint64, void
+from numba import boolean, float32, float64, int64, uint8, uint16, uint32, uint64, void
 from numpy.typing import NDArray
 
 from merging.kernels import reference
 from merging.kernels.reference import (
+    Bytes,
     Floats,
+    cholesky,
     empty,
     host_buffer,
     l1,
     narrow,
+    no_owners,
     on_host,
     rank_probabilities,
     row_gram,
+    solve,
     to_host,
     uniform_bits,
     vector,
+    wide,
     xp,
 )
 
 __all__ = [
-    "combine",
-    "drop",
-    "drop_above",
-    "drop_by_rank",
-    "elect",
-    "empty",
-    "fine_histogram",
-    "finite",
-    "gram",
-    "histogram",
-    "host_buffer",
-    "keep_above",
-    "l1",
-    "load",
-    "narrow",
-    "on_host",
-    "row_gram",
-    "select",
-    "sign_counts",
-    "split_ties",
-    "store",
-    "to_host",
-    "uniform_bits",
-    "vector",
-    "xp",
+    "cholesky", "claim", "combine", "drop", "drop_above", "drop_by_rank", "drop_owned", "elect", "empty",
+    "fine_histogram", "finite", "gram", "histogram", "host_buffer", "keep_above", "keep_largest_in_rows", "keep_where",
+    "l1", "load", "narrow", "no_owners", "on_host", "row_gram", "saliency", "select", "sign_counts", "solve",
+    "split_ties", "store", "take", "to_host", "uniform_bits", "vector", "weigh", "wide", "xp",
 ]  # fmt: skip
 
 _LANE = 1024  # elements per inner block: the temporaries of a block stay in the first-level cache
@@ -186,12 +170,11 @@ def fine_histogram(values: Floats, high: int, counts: NDArray[np.int64]) -> None
     _fine_histogram(values.view(np.uint32), np.uint32(high), counts)
 
 
-@_compile(void(uint32[::1], int64, int64[::1]))
-def _select(bits, k, cut):
+@numba.njit
+def _radix_select(bits, k, counts, left, cut):
     """Radix selection by 11, 10 and 10 bits: count, go on with the entries of the digit where the k-th largest lies."""
-    counts = np.empty(2048, np.int64)
-    left = np.empty(bits.size + 1, np.uint32)
     size = bits.size
+    cut[0] = 0
     for c in range(size):
         left[c] = bits[c] & np.uint32(0x7FFFFFFF)
     for shift in (20, 10, 0):
@@ -211,6 +194,11 @@ def _select(bits, k, cut):
             kept += np.int64(((entry >> np.uint32(shift)) & mask) == np.uint32(digit))
         size = kept
     cut[1], cut[2] = k, size
+
+
+@_compile(void(uint32[::1], int64, int64[::1]))
+def _select(bits, k, cut):
+    _radix_select(bits, k, np.empty(2048, np.int64), np.empty(bits.size + 1, np.uint32), cut)
 
 
 def select(values: Floats, k: int) -> tuple[int, int, int]:
@@ -417,3 +405,97 @@ def sign_counts(values, counts):
                     v, w = row[i], second[i]
                     opposite += np.uint32(((v > 0) & (w < 0)) | ((v < 0) & (w > 0)))
                 counts[k, other] += opposite
+
+
+@_compile(void(float32[::1], float32[::1]))
+def saliency(deltas, importance):
+    smallest = np.float32(1e-45)  # rounds to the smallest number above 0
+    for i in range(deltas.size):
+        score = np.sqrt(importance[i]) * deltas[i]
+        importance[i] = smallest if (score == 0) & (deltas[i] != 0) else score
+
+
+@_compile(void(float32[::1], float32[::1]))
+def keep_where(values, kept):
+    for i in range(values.size):
+        values[i] = values[i] if kept[i] != 0 else np.float32(0)
+
+
+@_compile(void(float32[::1], uint8[::1]))
+def drop_owned(values, owners):
+    for i in range(values.size):
+        values[i] = values[i] if owners[i] == 0 else np.float32(0)
+
+
+@_compile(void(float32[::1], uint8[::1], uint8))
+def _claim(values, owners, owner):
+    for i in range(values.size):
+        owners[i] = owner if values[i] != 0 else owners[i]
+
+
+def claim(values: Floats, owners: Bytes, owner: int) -> None:
+    _claim(values, owners, np.uint8(owner))
+
+
+@_compile(void(uint32[::1], int64, int64))
+def _keep_largest_in_rows(bits, columns, k):
+    counts = np.empty(2048, np.int64)
+    left = np.empty(columns + 1, np.uint32)
+    cut = np.empty(3, np.int64)
+    for start in range(0, bits.size, columns):
+        row = bits[start : start + columns]
+        _radix_select(row, k, counts, left, cut)
+        threshold, room = np.uint32(cut[0]), cut[1]
+        for c in range(columns):
+            magnitude = np.uint32(row[c] & np.uint32(0x7FFFFFFF))
+            tied = magnitude == threshold
+            row[c] = row[c] if (magnitude > threshold) | (tied & (room > 0)) else np.uint32(0)
+            room -= np.int64(tied)
+
+
+def keep_largest_in_rows(values: Floats, columns: int, k: int) -> None:
+    if k <= 0:
+        values[:] = 0.0
+    elif k < columns:
+        _keep_largest_in_rows(values.view(np.uint32), columns, k)
+
+
+@_compile(void(float32[::1], float32[:, ::1], float32, uint8[::1], float32[::1]))
+def _take(base, deltas, factor, owners, out):
+    for start in range(0, out.size, _LANE):
+        block, origin, own = out[start : start + _LANE], base[start : start + _LANE], owners[start : start + _LANE]
+        for i in range(block.size):
+            block[i] = origin[i]
+        for k in range(deltas.shape[0]):
+            row, owner = deltas[k, start : start + _LANE], np.uint8(k + 1)
+            for i in range(block.size):
+                block[i] = origin[i] + row[i] * factor if own[i] == owner else block[i]
+
+
+def take(base: Floats, deltas: Floats, factor: float, owners: Bytes, out: Floats) -> None:
+    _take(base, deltas, np.float32(factor), owners, out)
+
+
+@_compile(void(float32[:, ::1], float32[:, ::1], float32[::1], float32[::1], float32, float32[::1]))
+def _weigh(values, importance, factors, shares, floor, out):
+    divisor = np.empty(_LANE, np.float32)
+    mean = np.empty(_LANE, np.float32)
+    for start in range(0, out.size, _LANE):
+        block = out[start : start + _LANE]
+        block[:] = np.float32(0)
+        divisor[:] = np.float32(0)
+        mean[:] = np.float32(0)
+        for k in range(factors.size):
+            row, important = values[k, start : start + _LANE], importance[k, start : start + _LANE]
+            factor, share = factors[k], shares[k]
+            for i in range(block.size):
+                weight = (important[i] if important[i] > floor else floor) * factor
+                block[i] += weight * row[i]
+                divisor[i] += weight
+                mean[i] += share * row[i]
+        for i in range(block.size):
+            block[i] = block[i] / divisor[i] if divisor[i] > 0 else mean[i]
+
+
+def weigh(values: Floats, importance: Floats, factors: Floats, shares: Floats, floor: float, out: Floats) -> None:
+    _weigh(values, importance, factors, shares, np.float32(floor), out)

@@ -159,6 +159,73 @@ class TorchKernels:
             divisor = (weights[:, None] * agrees).sum(0)
             out /= torch.where(divisor == 0, 1.0, divisor)
 
+    # ---- by importance ----
+
+    def no_owners(self, count: int) -> torch.Tensor:
+        self.enter_thread()
+        return torch.zeros(count, dtype=torch.uint8, device=self.device)
+
+    def saliency(self, deltas: torch.Tensor, importance: torch.Tensor) -> None:
+        importance.sqrt_()
+        importance *= deltas
+        importance.masked_fill_((importance == 0) & (deltas != 0), float(reference.SMALLEST))
+
+    def keep_where(self, values: torch.Tensor, kept: torch.Tensor) -> None:
+        values.masked_fill_(kept == 0, 0.0)
+
+    def drop_owned(self, values: torch.Tensor, owners: torch.Tensor) -> None:
+        values.masked_fill_(owners != 0, 0.0)
+
+    def claim(self, values: torch.Tensor, owners: torch.Tensor, owner: int) -> None:
+        owners.masked_fill_(values != 0, owner)
+
+    def keep_largest_in_rows(self, values: torch.Tensor, columns: int, k: int) -> None:
+        if k <= 0:
+            values.zero_()
+        elif k < columns:
+            rows = values.view(-1, columns)
+            order = torch.sort(rows.abs(), dim=1, descending=True, stable=True).indices
+            rows.scatter_(1, order[:, k:], 0.0)
+
+    def take(
+        self, base: torch.Tensor, deltas: torch.Tensor, factor: float, owners: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        out.copy_(base)
+        for owner, row in enumerate(deltas, 1):
+            torch.where(owners == owner, base + row * factor, out, out=out)
+
+    def weigh(
+        self,
+        values: torch.Tensor,
+        importance: torch.Tensor,
+        factors: torch.Tensor,
+        shares: torch.Tensor,
+        floor: float,
+        out: torch.Tensor,
+    ) -> None:
+        weights = importance.clamp_(min=floor) * factors[:, None]
+        divisor = weights.sum(0)
+        mean = (shares[:, None] * values).sum(0)
+        out.copy_(torch.where(divisor > 0, (weights * values).sum(0) / divisor, mean))
+
+    def cholesky(self, matrix: torch.Tensor) -> tuple[torch.Tensor, float] | None:
+        from scipy.linalg import lapack
+
+        norm = float(matrix.abs().sum(0).max())
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if int(failed):
+            return None
+        reciprocal, _ = lapack.dpocon(self.to_host(factor), norm, uplo="L")
+        return factor, 1 / reciprocal if reciprocal > 0 else np.inf
+
+    def solve(self, factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.cholesky_solve(right.T, factor).T
+
+    def wide(self, values: Any) -> torch.Tensor:
+        if isinstance(values, torch.Tensor):
+            return values.double()
+        return torch.as_tensor(np.array(values), device=self.device).double()  # a copy: torch wants it writable
+
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
     return values.view(torch.int32)

@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 INFINITY = np.uint32(0x7F800000)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+SMALLEST = np.uint32(1).view(np.float32)  # above 0
 on_host = True
 xp: Any = np
 
@@ -218,6 +220,103 @@ def sign_counts(values: Floats, counts: NDArray[np.int64]) -> None:
         counts[i, i] += np.count_nonzero(row)
         for j in range(i + 1, len(values)):
             counts[i, j] += np.count_nonzero((positive[i] & negative[j]) | (negative[i] & positive[j]))
+
+
+# ---- by importance ----
+
+
+def no_owners(count: int) -> Bytes:
+    """An owner for each of `count` elements: nobody, 0."""
+    return np.zeros(count, np.uint8)
+
+
+def saliency(deltas: Floats, importance: Floats) -> None:
+    """In place of the importance h (n,): τ·√h, whose magnitude ranks as ½hτ² does, within the range of float32.
+
+    What is not 0 but too small for float32 becomes its smallest number: 0 stands for what did not move.
+    """
+    np.sqrt(importance, out=importance)
+    importance *= deltas
+    importance[(importance == 0) & (deltas != 0)] = SMALLEST
+
+
+def keep_where(values: Floats, kept: Floats) -> None:
+    """Zeroes, in place, where `kept` is 0."""
+    values[kept == 0] = 0.0
+
+
+def drop_owned(values: Floats, owners: Bytes) -> None:
+    """Zeroes, in place, what has an owner."""
+    values[owners != 0] = 0.0
+
+
+def claim(values: Floats, owners: Bytes, owner: int) -> None:
+    """Gives to `owner`, in place, what is not 0."""
+    owners[values != 0] = owner
+
+
+def keep_largest_in_rows(values: Floats, columns: int, k: int) -> None:
+    """In place: keeps the k largest magnitudes of each row of `columns` values, among equals the first."""
+    if k <= 0:
+        values[:] = 0.0
+        return
+    if k >= columns:
+        return
+    rows = values.reshape(-1, columns)
+    magnitudes = rows.view(np.uint32) & MAGNITUDE
+    threshold = np.partition(magnitudes, columns - k, axis=1)[:, columns - k, None]
+    larger, equal = magnitudes > threshold, magnitudes == threshold
+    room = k - larger.sum(axis=1, keepdims=True)
+    rows[~(larger | (equal & (equal.cumsum(axis=1) <= room)))] = 0.0
+
+
+def take(base: Floats, deltas: Floats, factor: float, owners: Bytes, out: Floats) -> None:
+    """out = base + factor · the owner's row of deltas (k, n), the base where nobody owns. Source: arXiv 2502.12217."""
+    out[:] = base
+    for owner, row in enumerate(deltas, 1):
+        np.add(base, row * np.float32(factor), out=out, where=owners == owner)
+
+
+def weigh(values: Floats, importance: Floats, factors: Floats, shares: Floats, floor: float, out: Floats) -> None:
+    """out = Σ fᵢFᵢθᵢ / Σ fᵢFᵢ, F at least `floor`; Σ sᵢθᵢ where that divisor is 0. values θ, importance F (k, n).
+
+    Source: arXiv 2111.09832, eq. 4.
+    """
+    divisor = np.zeros_like(out)
+    mean = np.zeros_like(out)
+    out[:] = 0.0
+    for row, important, factor, share in zip(values, importance, factors, shares, strict=True):
+        weight = np.maximum(important, np.float32(floor)) * factor
+        out += weight * row
+        divisor += weight
+        mean += share * row
+    np.divide(out, divisor, out=mean, where=divisor > 0)
+    out[:] = mean
+
+
+def cholesky(matrix: NDArray[np.float64]) -> tuple[Any, float] | None:
+    """Factor of a symmetric matrix, in its place, and an estimate of its condition; None if it is not positive definite."""
+    from scipy.linalg import LinAlgError, cho_factor, lapack  # here: it takes time to load, and few methods need it
+
+    norm = float(np.abs(matrix).sum(axis=0).max(initial=0.0))
+    try:
+        factor, lower = cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
+    except LinAlgError:
+        return None
+    reciprocal, _ = lapack.dpocon(factor, norm, uplo="L")
+    return (factor, lower), 1 / reciprocal if reciprocal > 0 else np.inf
+
+
+def solve(factor: Any, right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """X in X·S = `right` (rows, n), of the factor of S."""
+    from scipy.linalg import cho_solve
+
+    return np.asarray(cho_solve(factor, right.T, check_finite=False).T)
+
+
+def wide(values: Any) -> NDArray[np.float64]:
+    """As float64, where the kernels run."""
+    return np.asarray(values, np.float64)
 
 
 def vector(weights: Any) -> Floats:

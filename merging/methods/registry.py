@@ -65,8 +65,12 @@ class Method:
     Attributes:
         base: "required", "optional", or "none" (a listed base is then a model like any other).
         min_models, max_models: how many models, the base not counted (max None: any number).
-        survey: statistics over the whole model that the method needs first, see `merging.inputs.Survey`.
+        survey: what the method must know of the whole model first: a function as the method itself, and of the results of
+            the stages before; see docs/adding-a-method.md.
         source: paper or page that defines it.
+        statistics: kinds of `cuvee stats` that the method takes of its models, the one to make by default first.
+        statistics_if: parameter and value under which it needs them; None: always.
+        ownership: whether it says of each coordinate which model it comes from (`Chunk.owners`).
     """
 
     name: str
@@ -78,6 +82,9 @@ class Method:
     max_models: int | None
     source: str
     survey: Callable[..., Any] | None = None
+    statistics: tuple[str, ...] = ()
+    statistics_if: tuple[str, str] | None = None
+    ownership: bool = False
     summary: str = field(default="", compare=False)
 
 
@@ -93,6 +100,9 @@ def method(
     models: tuple[int, int | None] = (1, None),
     source: str,
     survey: Callable[..., Any] | None = None,
+    statistics: tuple[str, ...] = (),
+    statistics_if: tuple[str, str] | None = None,
+    ownership: bool = False,
     replace: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers `function(inputs, *, parameters…)` as a merge method.
@@ -118,6 +128,9 @@ def method(
             max_models=models[1],
             source=source,
             survey=survey,
+            statistics=statistics,
+            statistics_if=statistics_if,
+            ownership=ownership,
             summary=(inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " "),
         )
         return function

@@ -26,6 +26,7 @@ Normalize = Annotated[bool, "divide by the sum of the weights"]
 Lambda = Annotated[float, "factor of what is added to the base"]
 RestoreNorm = Annotated[bool, "scale what is left of a task vector to its l1 norm"]
 Rescale = Annotated[bool, "scale what is left of a task vector, as `rescale_by` says"]
+Saliency = Annotated[Literal["magnitude", "stats"], "entries rank by |τ|, or by ½hτ² with statistics h"]
 RescaleBy = Annotated[Literal["probability", "norm"], "1 / keep probability, or to the l1 norm before"]
 
 
@@ -35,25 +36,39 @@ def task_arithmetic(x: Inputs, *, weight: Weights, normalize: Normalize = False,
     return x.add_deltas(_scaled(weight, normalize, lambda_))
 
 
-def _ties_survey(x: Inputs, totals: Sequence[NDArray[np.int64]], *, density: list[float], scope: str, **_: Any) -> Any:
+def _ties_survey(
+    x: Inputs, totals: Sequence[NDArray[np.int64]], *, density: list[float], scope: str, saliency: str, **_: Any
+) -> Any:
     """Two stages over the whole model: the coarse histogram of each task vector, then the fine one of its cut's bin."""
-    if scope != "global" or len(totals) == 2:
+    ranks = _ranks(x, saliency)
+    together = [i for i, known in enumerate(x.known) if known or saliency == "magnitude"]
+    if scope != "global" or len(totals) == 2 or not together:
         return None
     if not totals:
         counts = np.zeros((len(density), 1 << 15), np.int64)
-        for chunk in x.chunks():
-            for values, row in zip(chunk.deltas(), counts, strict=True):
-                x.kernels.histogram(values, row)
+        for chunk in x.chunks(statistics=ranks.by_statistics):
+            scores = ranks(chunk)
+            for i in together:
+                x.kernels.histogram(scores[i], counts[i])
         return counts
     counts = np.zeros((len(density), 1 << 16), np.int64)
     highs = [coarse_bin(row, _count(share, int(row.sum())))[0] for row, share in zip(totals[0], density, strict=True)]
-    for chunk in x.chunks():
-        for values, high, row in zip(chunk.deltas(), highs, counts, strict=True):
-            x.kernels.fine_histogram(values, high, row)
+    for chunk in x.chunks(statistics=ranks.by_statistics):
+        scores = ranks(chunk)
+        for i in together:
+            x.kernels.fine_histogram(scores[i], highs[i], counts[i])
     return counts
 
 
-@method("ties", title="TIES", base="required", source="arXiv 2306.01708", survey=_ties_survey)
+@method(
+    "ties",
+    title="TIES",
+    base="required",
+    source="arXiv 2306.01708",
+    survey=_ties_survey,
+    statistics=("moments", "fisher"),
+    statistics_if=("saliency", "stats"),
+)
 def ties(
     x: Inputs,
     *,
@@ -63,21 +78,31 @@ def ties(
     lambda_: Lambda = 1.0,
     rescale: RestoreNorm = False,
     scope: Annotated[Literal["tensor", "global"], "what the largest entries are chosen from"] = "tensor",
+    saliency: Saliency = "magnitude",
 ) -> Final:
     """Trim each task vector to its `density` largest entries, elect signs, add the entries that agree.
 
     `scope: tensor` keeps max(1, ⌊density·n⌋) entries of each tensor, ties at the threshold by position; `scope: global` keeps
     whatever reaches the threshold of the flattened model, as the authors' code does. With `normalize`, each coordinate is
     divided by the weights that agree there; `rescale` restores each trimmed vector's l1 norm (mergekit's option).
+
+    `saliency: stats` keeps the entries whose loss hurts their own model most: the largest ½hτ², h the second moments of the
+    layer's inputs or the Fisher diagonal (`cuvee stats`). A tensor without statistics is trimmed by magnitude, and for
+    `scope: global` by itself.
     """
+    ranks = _ranks(x, saliency)
+    alone = [saliency == "stats" and not known for known in x.known]
     thins: list[Thin] = []
-    if scope == "global":
-        for coarse, fine, share in zip(x.surveys[0], x.surveys[1], density, strict=True):
-            high, rest = coarse_bin(coarse, _count(share, int(coarse.sum())))
-            thins.append(_threshold(x, fine_cut(fine, high << 16, rest).threshold))
-    else:
-        thins = _magnitude(x, [(_count(share, x.numel), 0) for share in density])
-    return _add(x, weight, thins, elect=True, normalize=normalize, lambda_=lambda_, restore_norm=rescale)
+    if scope != "global" or any(alone):
+        thins = _magnitude(x, [(_count(share, x.numel), 0) for share in density], ranks)
+    if scope == "global" and not all(alone):
+        together = [
+            _threshold(x, fine_cut(fine, high << 16, rest).threshold)
+            for coarse, fine, share in zip(x.surveys[0], x.surveys[1], density, strict=True)
+            for high, rest in [coarse_bin(coarse, _count(share, int(coarse.sum())))]
+        ]
+        thins = [thins[i] if own else together[i] for i, own in enumerate(alone)]
+    return _add(x, weight, thins, elect=True, normalize=normalize, lambda_=lambda_, restore_norm=rescale, ranks=ranks)
 
 
 @method("breadcrumbs", title="Model Breadcrumbs", base="required", source="arXiv 2312.06795")
@@ -112,7 +137,14 @@ def breadcrumbs_ties(
     return _add(x, weight, thins, elect=True, normalize=normalize, lambda_=lambda_, restore_norm=rescale)
 
 
-@method("dare_linear", title="DARE linear", base="required", source="arXiv 2311.03099")
+@method(
+    "dare_linear",
+    title="DARE linear",
+    base="required",
+    source="arXiv 2311.03099",
+    statistics=("moments", "fisher"),
+    statistics_if=("saliency", "stats"),
+)
 def dare_linear(
     x: Inputs,
     *,
@@ -122,17 +154,29 @@ def dare_linear(
     lambda_: Lambda = 1.0,
     rescale: Rescale = True,
     rescale_by: RescaleBy = "probability",
+    saliency: Annotated[
+        Literal["random", "stats"], "what is dropped: entries at random, or the least salient"
+    ] = "random",
 ) -> Final:
     """Drop each entry with probability 1 − density, divide the rest by density, then task arithmetic.
 
     `rescale_by: norm` is mergekit's rule: times what restores the vector's l1 norm in this tensor.
+
+    `saliency: stats` leaves nothing to chance: the 1 − density share of the entries with the smallest ½hτ² goes, h the second
+    moments of the layer's inputs or the Fisher diagonal (`cuvee stats`), |τ| in tensors without. What is left is rescaled as
+    ever; since it is the largest part and no fair sample, 1 / density overshoots: `rescale: false` or `rescale_by: norm` do not.
     """
-    thins = _random(x, density, rescale and rescale_by == "probability")
-    restore = rescale and rescale_by == "norm"
-    return _add(x, weight, thins, elect=False, normalize=normalize, lambda_=lambda_, restore_norm=restore)
+    return _dare(x, weight, density, False, normalize, lambda_, rescale, rescale_by, saliency)
 
 
-@method("dare_ties", title="DARE TIES", base="required", source="arXiv 2311.03099")
+@method(
+    "dare_ties",
+    title="DARE TIES",
+    base="required",
+    source="arXiv 2311.03099",
+    statistics=("moments", "fisher"),
+    statistics_if=("saliency", "stats"),
+)
 def dare_ties(
     x: Inputs,
     *,
@@ -142,11 +186,12 @@ def dare_ties(
     lambda_: Lambda = 1.0,
     rescale: Rescale = True,
     rescale_by: RescaleBy = "probability",
+    saliency: Annotated[
+        Literal["random", "stats"], "what is dropped: entries at random, or the least salient"
+    ] = "random",
 ) -> Final:
     """As `dare_linear`, with TIES' sign election."""
-    thins = _random(x, density, rescale and rescale_by == "probability")
-    restore = rescale and rescale_by == "norm"
-    return _add(x, weight, thins, elect=True, normalize=normalize, lambda_=lambda_, restore_norm=restore)
+    return _dare(x, weight, density, True, normalize, lambda_, rescale, rescale_by, saliency)
 
 
 @method("della_linear", title="DELLA linear", base="required", source="arXiv 2406.11617")
@@ -192,6 +237,21 @@ def della(
 # ---- ways to thin a task vector ----
 
 
+class _Ranks:
+    """What entries are ranked by on a chunk: (k, n), the task vectors, or `√h·τ` in place of the statistics h."""
+
+    def __init__(self, x: Inputs, by_statistics: bool) -> None:
+        self._x, self.by_statistics = x, by_statistics
+
+    def __call__(self, chunk: Chunk) -> Values:
+        deltas = chunk.deltas()
+        return self._x.saliency(chunk) if self.by_statistics else deltas
+
+
+def _ranks(x: Inputs, saliency: str) -> _Ranks:
+    return _Ranks(x, saliency == "stats" and any(x.known))
+
+
 def _keep_all(values: Values, start: int) -> None:
     """Density 1: nothing is dropped."""
 
@@ -205,13 +265,15 @@ def _threshold(x: Inputs, threshold: int) -> Thin:
     return lambda values, start: x.kernels.keep_above(values, threshold)
 
 
-def _magnitude(x: Inputs, ranks: Sequence[tuple[int, int]]) -> list[Thin]:
+def _magnitude(x: Inputs, kept: Sequence[tuple[int, int]], ranks: _Ranks | None = None) -> list[Thin]:
     """Keep the magnitudes ranked inner … outer (largest first) of each task vector: one (outer, inner) a model."""
-    if all(outer >= x.numel and inner == 0 for outer, inner in ranks):
-        return [_keep_all] * len(ranks)
-    cuts = x.cuts(lambda chunk: chunk.deltas(), [[outer, inner] if inner else [outer] for outer, inner in ranks])
+    if all(outer >= x.numel and inner == 0 for outer, inner in kept):
+        return [_keep_all] * len(kept)
+    ranks = ranks or _Ranks(x, False)
+    largest = [[outer, inner] if inner else [outer] for outer, inner in kept]
+    cuts = x.cuts(ranks, largest, statistics=ranks.by_statistics)
     thins: list[Thin] = []
-    for (outer, inner), row in zip(ranks, cuts, strict=True):
+    for (outer, inner), row in zip(kept, cuts, strict=True):
         trim = Trim(x.kernels, row[0], row[1] if inner else None)
         thins.append(_keep_all if outer >= x.numel and inner == 0 else trim)
     return thins
@@ -265,6 +327,26 @@ def _scaled(weights: Sequence[float], normalize: bool, lambda_: float) -> list[f
     return [weight * factor for weight in weights]
 
 
+def _dare(
+    x: Inputs,
+    weight: Sequence[float],
+    density: Sequence[float],
+    elect: bool,
+    normalize: bool,
+    lambda_: float,
+    rescale: bool,
+    rescale_by: str,
+    saliency: str,
+) -> Final:
+    by_probability, restore = rescale and rescale_by == "probability", rescale and rescale_by == "norm"
+    if saliency == "random":
+        return _add(x, weight, _random(x, density, by_probability), elect, normalize, lambda_, restore)
+    ranks = _ranks(x, saliency)
+    thins = _magnitude(x, [(_count(share, x.numel), 0) for share in density], ranks)
+    scales = [1 / share if by_probability and share > 0 else 1.0 for share in density]
+    return _add(x, weight, thins, elect, normalize, lambda_, restore, ranks=ranks, scales=scales)
+
+
 def _add(
     x: Inputs,
     weight: Sequence[float],
@@ -274,16 +356,26 @@ def _add(
     lambda_: float,
     restore_norm: bool = False,
     columns: int = 1,
+    ranks: _Ranks | None = None,
+    scales: Sequence[float] | None = None,
 ) -> Final:
-    """θ₀ + λ Σ wᵢτ̃ᵢ, over the agreeing entries only if `elect`; `restore_norm` scales each τ̃ᵢ to the l1 norm of τᵢ."""
+    """θ₀ + λ Σ wᵢτ̃ᵢ, over the agreeing entries only if `elect`; `restore_norm` scales each τ̃ᵢ to the l1 norm of τᵢ.
+
+    Args:
+        ranks: what `thins` thin out, if not the task vectors themselves.
+        scales: factors of what is left of each task vector.
+    """
+    ranks = ranks or _Ranks(x, False)
     if restore_norm:
-        thins = _norms_restored(x, thins, columns)
+        scales = _norm_ratios(x, thins, columns, ranks)
     factors = x.kernels.vector(weight if elect else _scaled(weight, normalize, lambda_))
 
     def run(chunk: Chunk) -> Values:
-        deltas = chunk.deltas()
-        for thin, values in zip(thins, deltas, strict=True):
-            thin(values, chunk.start)
+        _thin_out(x, chunk, ranks(chunk), thins, ranks)
+        deltas = chunk.models
+        for scale, values in zip(scales or (), deltas, strict=bool(scales)):
+            if scale != 1:
+                values *= scale
         if elect:
             x.kernels.elect(deltas, factors, normalize, chunk.out)
             if lambda_ != 1:
@@ -293,27 +385,27 @@ def _add(
         chunk.out += chunk.base
         return chunk.out
 
-    return Final(run, columns)
+    return Final(run, columns, ranks.by_statistics)
 
 
-def _norms_restored(x: Inputs, thins: Sequence[Thin], columns: int) -> list[Thin]:
-    """The same thinning, then scaled to the l1 norm before it. One more pass; random draws repeat exactly."""
+def _thin_out(x: Inputs, chunk: Chunk, scores: Values, thins: Sequence[Thin], ranks: _Ranks) -> None:
+    """Leaves of the chunk's task vectors what is left of their scores."""
+    for thin, score, values in zip(thins, scores, chunk.models, strict=True):
+        thin(score, chunk.start)
+        if ranks.by_statistics and thin is not _keep_all:
+            x.kernels.keep_where(values, score)
+
+
+def _norm_ratios(x: Inputs, thins: Sequence[Thin], columns: int, ranks: _Ranks) -> list[float]:
+    """What gives each thinned task vector the l1 norm it had before. One more pass; random draws repeat exactly."""
 
     def norms(chunk: Chunk) -> NDArray[np.float64]:
-        deltas = chunk.deltas()
-        before = [x.kernels.l1(values) for values in deltas]
-        for thin, values in zip(thins, deltas, strict=True):
-            thin(values, chunk.start)
-        return np.array([before, [x.kernels.l1(values) for values in deltas]])
+        scores = ranks(chunk)
+        before = [x.kernels.l1(values) for values in chunk.models]
+        _thin_out(x, chunk, scores, thins, ranks)
+        return np.array([before, [x.kernels.l1(values) for values in chunk.models]])
 
-    def scaled(thin: Thin, before: float, after: float) -> Thin:
-        ratio = before / after if min(before, after) >= 1e-7 else 1.0  # mergekit's guard
-
-        def run(values: Values, start: int) -> None:
-            thin(values, start)
-            values *= ratio
-
-        return run
-
-    before, after = x.total(norms, columns) if x.numel else np.ones((2, len(thins)))
-    return [scaled(thin, b, a) for thin, b, a in zip(thins, before, after, strict=True)]
+    if not x.numel:
+        return [1.0] * len(thins)
+    totals = x.total(norms, columns, ranks.by_statistics)
+    return [b / a if min(b, a) >= 1e-7 else 1.0 for b, a in totals.T]  # mergekit's guard

@@ -18,7 +18,7 @@ import merging
 from merging.errors import CuveeError
 from merging.methods import METHODS, REQUIRED, Method
 from tests.oracles.merge_methods import ORACLES, RANDOM, oracle
-from tests.oracles.settings import SETTINGS, count_of, masks_of, parameters_of
+from tests.oracles.settings import SETTINGS, count_of, masks_of, parameters_of, statistics_of
 from tests.oracles.thinning import Array, keep_probability, task_vector
 
 SHAPES = [(), (1,), (7,), (3, 5), (5, 1), (4, 3, 2, 2), (0,), (3, 0), (3, 1500)]
@@ -27,11 +27,11 @@ SMALL_CHUNK = 1024  # elements: the last of the shapes has longer rows
 #: Bit for bit the same in any chunks: nothing but comparisons and exact counts crosses the elements of a tensor.
 ELEMENTWISE = {
     "linear", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della",
-    "della_linear", "nearswap", "ram", "ramplus_tl",
+    "della_linear", "nearswap", "ram", "ramplus_tl", "obim",
 }  # fmt: skip
 
-#: Two inputs play different parts, or each model draws its own mask.
-ASYMMETRIC = {"slerp", "arcee_fusion", "nearswap", *RANDOM}
+#: Two inputs play different parts, each model draws its own mask, or who is listed first claims first.
+ASYMMETRIC = {"slerp", "arcee_fusion", "nearswap", "obim", *RANDOM}
 
 #: Scaling all inputs scales the result; not so with a softmax (arcee_fusion) or thresholds in the units of the weights.
 NOT_HOMOGENEOUS = {"arcee_fusion", "nearswap", "ram", "ramplus_tl"}
@@ -55,6 +55,9 @@ GIVES_THE_MODEL_BACK: dict[str, dict[str, Any]] = {
     "sce": {},
     "ram": {"epsilon": 0.0},  # everything is shared
     "ramplus_tl": {"epsilon": 0.0},
+    "fisher": {"weight": [0.2, 0.5, 1.7]},
+    "regmean": {"weight": [0.2, 0.5, 1.7]},
+    "obim": {"density": [1.0, 0.3, 0.2]},  # the first claims all
 }
 
 
@@ -83,10 +86,19 @@ def inputs_of(method: Method, shape: tuple[int, ...], seed: int = 0, base: bool 
     return (start if base and method.base != "none" else None), models
 
 
+def apply(name: str, base: Array | None, models: list[Array], **options: Any) -> Array:
+    """`merging.apply`, with statistics for the methods that take them."""
+    return merging.apply(name, base, models, **{"statistics": statistics_of(name, models), **options})
+
+
 def expected(method: Method, base: Array | None, models: list[Array], seed: int = 0, **parameters: Any) -> Array:
     """The oracle's result, for a random method given the masks that were drawn."""
+    if method.statistics:
+        parameters = {"statistics": statistics_of(method.name, models), **parameters}
     if method.name in RANDOM:
-        parameters = {**parameters, "masks": masks_of(method.name, base, models, seed, **parameters)}
+        drawn = parameters.get("saliency", "random") == "random"
+        masks = masks_of(method.name, base, models, seed, **parameters) if drawn else []
+        parameters = {**parameters, "masks": masks}
     return oracle(method.name, base, models, **parameters)
 
 
@@ -124,7 +136,7 @@ def test_entry_says_all_that_others_need(method: Method) -> None:
     assert method.base in ("required", "optional", "none")
     assert 1 <= method.min_models <= (method.max_models or method.min_models)
     for parameter in method.parameters.values():
-        if parameter.default is not REQUIRED and parameter.type in (int, float):
+        if parameter.default not in (REQUIRED, None) and parameter.type in (int, float):
             assert parameter.low is None or parameter.low <= parameter.default
             assert parameter.high is None or parameter.default <= parameter.high
         if parameter.choices and parameter.default is not REQUIRED:
@@ -144,7 +156,7 @@ def test_every_built_in_method_has_an_oracle_and_settings() -> None:
 def test_equals_the_float64_oracle(method: Method, shape: tuple[int, ...]) -> None:
     for parameters in SETTINGS[method.name]:
         base, models = inputs_of(method, shape)
-        result = merging.apply(method.name, base, models, seed=5, **parameters)
+        result = apply(method.name, base, models, seed=5, **parameters)
         assert_close(result, expected(method, base, models, 5, **parameters), models, base, **parameters)
 
 
@@ -154,7 +166,7 @@ def test_equals_the_float64_oracle_without_a_base(name: str, shape: tuple[int, .
     for parameters in SETTINGS[name]:
         _, models = inputs_of(METHODS[name], shape)
         assert_close(
-            merging.apply(name, None, models, **parameters), oracle(name, None, models, **parameters), models, None,
+            apply(name, None, models, **parameters), oracle(name, None, models, **parameters), models, None,
             **parameters,
         )  # fmt: skip
 
@@ -186,7 +198,7 @@ def test_equal_magnitudes_and_sums_of_zero_go_as_documented(name: str, data: st.
     if name == "della":
         parameters["epsilon"] = 0.005
     chunk = data.draw(st.sampled_from([None, 16, SMALL_CHUNK]), "chunk")
-    result = merging.apply(name, base, models, chunk=chunk, **parameters)
+    result = apply(name, base, models, chunk=chunk, **parameters)
     assert_close(result, expected(METHODS[name], base, models, **parameters), models, base, **parameters)
 
 
@@ -194,7 +206,7 @@ def test_equal_magnitudes_and_sums_of_zero_go_as_documented(name: str, data: st.
 @given(st.integers(0, 10**6), GRID_SHAPES, DENSITY, st.sampled_from([None, 16]))
 def test_sce_selects_equal_variances_by_position(seed: int, shape: tuple[int, ...], share: float, chunk: Any) -> None:
     base, models = grid(shape, 4, seed)  # of four models on a grid the variances are exact
-    result = merging.apply("sce", base, models, select_topk=share, chunk=chunk)
+    result = apply("sce", base, models, select_topk=share, chunk=chunk)
     assert_close(result, oracle("sce", base, models, select_topk=share), models, base)
 
 
@@ -202,7 +214,7 @@ def test_sce_selects_equal_variances_by_position(seed: int, shape: tuple[int, ..
 @given(st.integers(0, 10**6), GRID_SHAPES, st.sampled_from(["ram", "ramplus_tl"]))
 def test_ram_counts_only_what_exceeds_epsilon(seed: int, shape: tuple[int, ...], name: str) -> None:
     base, models = grid(shape, 3, seed)
-    result = merging.apply(name, base, models, epsilon=0.25)  # of the changes 0, 1/8, 2/8, 3/8 only the last counts
+    result = apply(name, base, models, epsilon=0.25)  # of the changes 0, 1/8, 2/8, 3/8 only the last counts
     assert_close(result, oracle(name, base, models, epsilon=0.25), models, base)
 
 
@@ -211,7 +223,7 @@ def test_arcee_fusion_selects_as_float64_does_at_the_size_of_fine_tuning() -> No
     rng = np.random.default_rng(0)
     base = np.asarray(0.05 * rng.normal(size=(60, 384)), np.float32)
     model = np.asarray(base + 1e-4 * rng.normal(size=base.shape), np.float32)
-    taken = merging.apply("arcee_fusion", base, [model]) == model
+    taken = apply("arcee_fusion", base, [model]) == model
     should = oracle("arcee_fusion", base, [model]) == model
     assert 0.03 < should.mean() < 0.1
     assert np.mean(taken != should) < 1e-4
@@ -226,7 +238,7 @@ def test_identical_models_give_the_model_back(name: str, shape: tuple[int, ...])
     base, (model, *_) = inputs_of(METHODS[name], shape)
     models = [model] * count_of(METHODS[name])
     parameters = GIVES_THE_MODEL_BACK[name]
-    assert_close(merging.apply(name, base, models, **parameters), model.astype(np.float64), models, base, **parameters)
+    assert_close(apply(name, base, models, **parameters), model.astype(np.float64), models, base, **parameters)
 
 
 @every(lambda method: has_oracle(method) and method.base != "none")
@@ -234,7 +246,7 @@ def test_what_no_model_changed_stays(method: Method) -> None:
     base, _ = normal((5, 40), 1)
     models = [base.copy() for _ in range(count_of(method))]
     for parameters in SETTINGS[method.name]:
-        result = merging.apply(method.name, base, models, **parameters)
+        result = apply(method.name, base, models, **parameters)
         assert_close(result, base.astype(np.float64), models, base)
 
 
@@ -245,8 +257,10 @@ def test_order_of_the_models_does_not_matter(method: Method) -> None:
         base, models = inputs_of(method, (9, 40))
         order = np.random.default_rng(1).permutation(count) if count > 2 else [1, 0]
         turned = {key: [v[i] for i in order] if isinstance(v, list) else v for key, v in parameters.items()}
-        first = merging.apply(method.name, base, models, **parameters)
-        second = merging.apply(method.name, base, [models[i] for i in order], **turned)
+        first = apply(method.name, base, models, **parameters)
+        if (statistics := statistics_of(method.name, models)) is not None:
+            turned["statistics"] = [statistics[i] for i in order]
+        second = apply(method.name, base, [models[i] for i in order], **turned)
         assert_close(second, first.astype(np.float64), models, base, **parameters)
 
 
@@ -258,8 +272,8 @@ def test_scaling_all_inputs_scales_the_result(method: Method, factor: float) -> 
             continue
         base, models = inputs_of(method, (9, 40))
         grown = [model * np.float32(factor) for model in models]
-        first = merging.apply(method.name, base, models, **parameters)
-        second = merging.apply(method.name, None if base is None else base * np.float32(factor), grown, **parameters)
+        first = apply(method.name, base, models, **parameters)
+        second = apply(method.name, None if base is None else base * np.float32(factor), grown, **parameters)
         assert_close(second, first.astype(np.float64) * factor, grown, None, **parameters)
 
 
@@ -271,8 +285,8 @@ def test_scaling_all_inputs_scales_the_result(method: Method, factor: float) -> 
 def test_chunks_change_nothing(method: Method, shape: tuple[int, ...]) -> None:
     for parameters in SETTINGS.get(method.name, [parameters_of(method)]):
         base, models = inputs_of(method, shape)
-        whole = merging.apply(method.name, base, models, chunk=10**6, **parameters)
-        parts = merging.apply(method.name, base, models, chunk=SMALL_CHUNK, **parameters)
+        whole = apply(method.name, base, models, chunk=10**6, **parameters)
+        parts = apply(method.name, base, models, chunk=SMALL_CHUNK, **parameters)
         if method.name in ELEMENTWISE and not (parameters.get("rescale") or parameters.get("rescale_by") == "norm"):
             np.testing.assert_array_equal(whole, parts)
         else:
@@ -286,8 +300,7 @@ def test_compiled_equals_reference_bit_for_bit(method: Method, shape: tuple[int,
     for parameters in SETTINGS.get(method.name, [parameters_of(method)]):
         base, models = inputs_of(method, shape)
         reference, compiled = (
-            merging.apply(method.name, base, models, backend=backend, **parameters)
-            for backend in ("reference", "compiled")
+            apply(method.name, base, models, backend=backend, **parameters) for backend in ("reference", "compiled")
         )
         assert reference.tobytes() == compiled.tobytes()
 
@@ -299,8 +312,7 @@ def test_torch_equals_reference_to_rounding(method: Method, shape: tuple[int, ..
     for parameters in SETTINGS.get(method.name, [parameters_of(method)]):
         base, models = inputs_of(method, shape)
         reference, torch = (
-            merging.apply(method.name, base, models, backend=backend, **parameters)
-            for backend in ("reference", "torch")
+            apply(method.name, base, models, backend=backend, **parameters) for backend in ("reference", "torch")
         )
         assert_close(torch, reference.astype(np.float64), models, base, **parameters)
 
@@ -312,7 +324,7 @@ def test_same_call_same_bytes_and_inputs_untouched(method: Method) -> None:
     before = [array.copy() for array in [*models, *([] if base is None else [base])]]
     for array in [*models, *([] if base is None else [base])]:
         array.setflags(write=False)
-    first, second = (merging.apply(method.name, base, models, seed=3, **parameters) for _ in range(2))
+    first, second = (apply(method.name, base, models, seed=3, **parameters) for _ in range(2))
     assert first.tobytes() == second.tobytes()
     for array, copy in zip([*models, *([] if base is None else [base])], before, strict=True):
         np.testing.assert_array_equal(array, copy)
@@ -342,7 +354,7 @@ def test_mistakes_are_refused_in_one_line(method: Method) -> None:
     ]
     for start, others, given_parameters in wrong:
         with pytest.raises(CuveeError) as caught:
-            merging.apply(method.name, start, others, **given_parameters)
+            apply(method.name, start, others, **given_parameters)
         assert "\n" not in str(caught.value)
 
 
@@ -379,7 +391,7 @@ def test_mean_over_seeds_is_task_arithmetic(name: str) -> None:
     """Rescaled by the keep probability, each entry's mean over the draws is what it is without dropping."""
     seeds, density, weight = 600, 0.4, [1.0, 0.5, -0.7]
     base, models = normal((6, 8), 3)
-    draws = [merging.apply(name, base, models, seed=seed, weight=weight, density=density) for seed in range(seeds)]
+    draws = [apply(name, base, models, seed=seed, weight=weight, density=density) for seed in range(seeds)]
     mean = np.mean(np.asarray(draws, np.float64), axis=0)
     variance = np.zeros(base.shape)
     for w, model in zip(weight, models, strict=True):

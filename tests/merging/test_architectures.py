@@ -12,7 +12,9 @@ import pytest
 import merging
 from merging import Recipe
 from merging.methods import METHODS, Method
+from merging.statistics import Statistics
 from tests.architectures import ARCHITECTURES, Architecture, Family, build
+from tests.handmade_statistics import write_stats
 from tests.oracles.merge_methods import RANDOM, oracle, ties_global
 from tests.oracles.settings import count_of, masks_of, parameters_of
 from tests.oracles.thinning import Array
@@ -44,6 +46,12 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "nearswap": {"t": 0.01},
     "ram": {"epsilon": 0.01},
     "ramplus_tl": {"epsilon": 0.01},
+    "fisher": {
+        "weight": [0.5, 1.0, 0.25],
+        "normalize": False,
+    },  # the norm is the whole model's, the oracle sees a tensor
+    "regmean": {"weight": [0.5, 1.0, 0.25], "damping": 0.01},
+    "obim": {"density": [0.5, 0.25, 0.5], "lambda": 0.5},
 }
 
 
@@ -57,6 +65,11 @@ def _build(name: str, folder: Path) -> Family:
     return build(name, folder)
 
 
+@functools.cache
+def statistics_of(path: Path, kind: str) -> Statistics:
+    return write_stats(path.parent / f"{path.name}-{kind}", path, kind)
+
+
 def recipe_for(method: Method, family: Family) -> tuple[Recipe, dict[str, Any], list[Path]]:
     """The recipe, its parameters, and the models that the method merges (the base apart)."""
     parameters = PARAMETERS.get(method.name) or parameters_of(method)
@@ -66,6 +79,9 @@ def recipe_for(method: Method, family: Family) -> tuple[Recipe, dict[str, Any], 
         {"model": str(path), "parameters": {key: value[i] for key, value in parameters.items() if key not in shared}}
         for i, path in enumerate(paths)
     ]
+    if works_by_statistics(method):
+        for entry, path in zip(models, paths, strict=True):
+            entry["stats"] = str(statistics_of(path, method.statistics[0]).path)
     recipe = Recipe(merge_method=method.name, base_model=str(family.base), models=models, parameters=shared)
     return recipe, parameters, paths
 
@@ -84,8 +100,25 @@ def test_merge_of_any_architecture_loads_and_equals_the_oracle(method: Method, f
     loads_in_its_class(family.architecture, out)
     if method.name in PARAMETERS:
         models = [tensors(path) for path in paths]
-        for name in sample(base):
+        known = statistics_of(paths[0], method.statistics[0]).names[:1] if works_by_statistics(method) else ()
+        for name in [*sample(base), *known]:
+            if known:
+                parameters = parameters | read_statistics(
+                    [statistics_of(path, method.statistics[0]) for path in paths], name
+                )
             assert_rounded_once(result[name], truth(method, name, base, models, parameters), name)
+
+
+def works_by_statistics(method: Method) -> bool:
+    """With its default parameters."""
+    name, value = method.statistics_if or ("", "")
+    return bool(method.statistics) and (not name or method.parameters[name].default == value)
+
+
+def read_statistics(folders: list[Statistics], name: str) -> dict[str, Any]:
+    """What the oracles want to know of a tensor."""
+    arrays = [folder.array(name) if name in folder else None for folder in folders]
+    return {"statistics": arrays, **({"axis": folders[0].axes.get(name, 1)} if folders[0].kind == "gram" else {})}
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"], indirect=True)  # float32 and bfloat16

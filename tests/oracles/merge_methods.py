@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.oracles.importance import Statistics, fisher, keep_salient, obim, reach_salient, regmean
 from tests.oracles.thinning import (
     Array,
     agreeing,
@@ -71,13 +72,15 @@ def task_arithmetic(base: Array, models: list[Array], *, normalize: bool = False
 
 def ties(
     base: Array, models: list[Array], *, density: Any = 1.0, normalize: bool = True, rescale: bool = False,
-    scope: str = "tensor", **adding: Any
+    scope: str = "tensor", saliency: str = "magnitude", statistics: Statistics | None = None, **adding: Any
 ) -> Array:  # fmt: skip
     """Trim by magnitude, elect the sign of the weighted sum, add what agrees. `scope` global: one tensor is all."""
     trimmed = []
-    for model, share in zip(models, per_model(density, len(models)), strict=True):
+    for i, (model, share) in enumerate(zip(models, per_model(density, len(models)), strict=True)):
         tau = task_vector(model, base)
         keep = keep_largest(tau, share) if scope == "tensor" else np.abs(tau) >= global_threshold([tau], share)
+        if saliency == "stats" and statistics is not None:
+            keep = (keep_salient if scope == "tensor" else reach_salient)(tau, statistics[i], share)
         trimmed.append(restored_norm(tau, keep) if rescale else np.where(keep, tau, 0.0))
     return _added(base, trimmed, True, normalize=normalize, **adding)
 
@@ -128,8 +131,13 @@ def breadcrumbs_ties(
 
 
 def _dropped(
-    base: Array, models: list[Array], masks: Sequence[Array], density: Any, epsilon: Any, rescale: bool, rescale_by: str
-) -> list[Array]:
+    base: Array, models: list[Array], masks: Sequence[Array], density: Any, epsilon: Any, rescale: bool, rescale_by: str,
+    saliency: str = "random", statistics: Statistics | None = None,
+) -> list[Array]:  # fmt: skip
+    if saliency == "stats" and statistics is not None:  # nothing is drawn
+        taus = [task_vector(model, base) for model in models]
+        shares = per_model(density, len(models))
+        masks = [keep_salient(*each) for each in zip(taus, statistics, shares, strict=True)]
     count, taus = len(models), []
     epsilons: Sequence[float | None] = [None] * count if epsilon is None else per_model(epsilon, count)
     for model, keep, share, spread in zip(models, masks, per_model(density, count), epsilons, strict=True):
@@ -145,19 +153,21 @@ def _dropped(
 
 def dare_linear(
     base: Array, models: list[Array], *, masks: Sequence[Array], density: Any = 1.0, normalize: bool = False,
-    rescale: bool = True, rescale_by: str = "probability", **adding: Any
+    rescale: bool = True, rescale_by: str = "probability", saliency: str = "random",
+    statistics: Statistics | None = None, **adding: Any
 ) -> Array:  # fmt: skip
     """Drop entries at random, rescale the rest, then task arithmetic."""
-    taus = _dropped(base, models, masks, density, None, rescale, rescale_by)
+    taus = _dropped(base, models, masks, density, None, rescale, rescale_by, saliency, statistics)
     return _added(base, taus, False, normalize=normalize, **adding)
 
 
 def dare_ties(
     base: Array, models: list[Array], *, masks: Sequence[Array], density: Any = 1.0, normalize: bool = False,
-    rescale: bool = True, rescale_by: str = "probability", **adding: Any
+    rescale: bool = True, rescale_by: str = "probability", saliency: str = "random",
+    statistics: Statistics | None = None, **adding: Any
 ) -> Array:  # fmt: skip
     """Drop entries at random, rescale the rest, then the sign election of TIES."""
-    taus = _dropped(base, models, masks, density, None, rescale, rescale_by)
+    taus = _dropped(base, models, masks, density, None, rescale, rescale_by, saliency, statistics)
     return _added(base, taus, True, normalize=normalize, **adding)
 
 
@@ -434,6 +444,7 @@ ORACLES: dict[str, Callable[..., Array]] = {
     for function in (
         linear, task_arithmetic, ties, dare_linear, dare_ties, della, della_linear, breadcrumbs, breadcrumbs_ties,
         slerp, nuslerp, multislerp, karcher, model_stock, sce, arcee_fusion, nearswap, ram, ramplus_tl,
+        fisher, regmean, obim,
     )
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import merging
-from merging.methods import REQUIRED, Method
+from merging.methods import METHODS, REQUIRED, Method
 from tests.oracles.thinning import Array, task_vector
 
 #: For three models, or as many as the method takes. Values that differ between the models are lists.
@@ -28,6 +28,32 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"weight": [1.0, 0.5, -2.0], "density": [0.9, 0.01, 1.0], "lambda": 1.3, "normalize": False},
         {"weight": [1.0, 0.5, 2.0], "density": [0.5, 0.2, 1.0], "rescale": True},
         {"weight": [1.0, 0.5, 2.0], "density": [0.5, 0.0, 1.0], "scope": "global"},
+        {"weight": [1.0, 0.5, -2.0], "density": [0.5, 0.2, 0.3], "saliency": "stats"},
+        {
+            "weight": [1.0, 0.5, 2.0],
+            "density": [0.5, 0.2, 0.3],
+            "saliency": "stats",
+            "scope": "global",
+            "rescale": True,
+        },
+    ],
+    "fisher": [
+        {},
+        {"weight": [0.2, 0.5, 1.7], "normalize": False, "floor": 0.01},
+        {"weight": [0.2, 0.0, 1.7], "floor": 0.0},
+    ],
+    "regmean": [{}, {"weight": [0.2, 0.5, 1.7], "alpha": 0.1, "damping": 0.01}, {"alpha": 1.0}],
+    "obim": [
+        {},
+        {"density": [0.5, 0.1, 0.6], "lambda": 0.7},
+        {"saliency": "magnitude", "quota": "drop_collisions", "density": 0.6},
+        {"order": "interleaved", "density": [0.5, 0.3, 0.2]},
+        {"order": "interleaved", "quota": "drop_collisions", "density": [0.5, 0.3, 0.9]},
+        {"scope": "row", "density": [0.3, 0.0, 0.4]},
+        {"scope": "row", "quota": "drop_collisions", "order": "interleaved"},
+        {"scope": "global"},
+        {"scope": "global", "quota": "drop_collisions", "order": "interleaved", "density": 0.7},
+        {"scope": "global", "saliency": "magnitude", "order": "interleaved", "density": [0.5, 0.3, 0.9]},
     ],
     "breadcrumbs": [
         {"weight": 1.0, "density": 0.8, "gamma": 0.05},
@@ -41,11 +67,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
     "dare_linear": [
         {"weight": 1.0, "density": 0.4},
+        {"weight": [0.3, -0.4, 1.5], "density": [0.5, 0.2, 1.0], "saliency": "stats"},
         {"weight": [0.3, -0.4, 1.5], "density": [0.5, 0.9, 1.0], "rescale_by": "norm", "lambda": 0.5},
         {"weight": [0.3, 0.4, 1.5], "density": [0.5, 0.0, 0.2], "rescale": False, "normalize": True},
     ],
     "dare_ties": [
         {"weight": 1.0, "density": 0.4},
+        {"weight": [0.3, -0.4, 1.5], "density": [0.5, 0.0, 0.2], "saliency": "stats", "rescale_by": "norm"},
         {"weight": [0.3, -0.4, 1.5], "density": [0.5, 0.9, 1.0], "rescale_by": "norm", "lambda": 0.5},
         {"weight": [0.3, 0.4, 1.5], "density": [0.5, 0.0, 0.2], "rescale": False, "normalize": True},
     ],
@@ -92,6 +120,26 @@ def parameters_of(method: Method) -> dict[str, Any]:
         return SETTINGS[method.name][0]
     required = [parameter for parameter in method.parameters.values() if parameter.default is REQUIRED]
     return {p.name: p.choices[0] if p.choices else p.type(0.5 if p.low is None else p.low) for p in required}
+
+
+def statistics_of(name: str, models: list[Array], seed: int = 0) -> list[Array | None] | None:
+    """Statistics for a method that takes them, of one tensor: what `cuvee stats` could find; None for other methods.
+
+    Of importances a fifth is 0, and one model has them for each input only, as second moments; a vector has no Gram matrix.
+    """
+    kinds = METHODS[name].statistics
+    if not kinds or not models:
+        return None
+    shape, found = models[0].shape, []
+    for i in range(len(models)):
+        rng = np.random.default_rng([seed, i, *shape])
+        if "gram" in kinds:
+            inputs = rng.normal(size=(max(2, shape[-1] // 2 * 3 if i else 2), shape[-1])) if len(shape) == 2 else None
+            found.append(None if inputs is None else np.asarray(inputs.T @ inputs / len(inputs), np.float32))
+        else:
+            own = (1, *shape[1:]) if kinds[0] == "moments" and i == 1 and len(shape) > 1 else shape
+            found.append(np.asarray(rng.exponential(size=own) ** 3 * (rng.random(own) > 0.2) * 10.0**i, np.float32))
+    return found
 
 
 def masks_of(name: str, base: Array, models: list[Array], seed: int = 0, **parameters: Any) -> list[Array]:

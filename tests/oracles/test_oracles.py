@@ -21,6 +21,8 @@ SEED = 9
 
 def mergekits(name: str, parameters: dict[str, Any]) -> bool:
     """Whether mergekit has all that the setting asks for."""
+    if name in ("fisher", "regmean", "obim") or "saliency" in parameters:
+        return False
     if name in RANDOM:
         return parameters.get("rescale_by") == "norm" or parameters.get("rescale") is False
     return "scope" not in parameters and not (name == "karcher" and "weight" in parameters)

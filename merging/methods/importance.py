@@ -1,0 +1,147 @@
+"""Means weighted by importance: coordinate by coordinate by the Fisher diagonal, layer by layer by the inputs' Gram matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merging.inputs import Chunk, Final, Inputs, Values
+from merging.methods.averages import shares
+from merging.methods.registry import PerModel, Range, method
+
+Weights = Annotated[PerModel[Annotated[float, Range(low=0)]], "factor of the model's importance"]
+
+_BLOCK = 1024  # rows of a Gram matrix that are widened to float64 at once
+_ROWS = 256  # rows of a weight that are solved for at once: enough to pay for the widening
+_ILL = 1e8  # condition from which on the user is told
+
+
+def _fisher_survey(x: Inputs, totals: Sequence[NDArray[np.float64]], *, floor: float, **_: Any) -> Any:
+    """Of each model Σ F² and how many F lie under the floor, and how many there are: (3, k)."""
+    if totals or not all(x.known):
+        return None
+    found = np.zeros((3, len(x.models)))
+    for chunk in x.chunks(statistics=True, weights=False):
+        for i, row in enumerate(chunk.statistics):
+            found[0, i] += x.kernels.gram(row[None])[0, 0]
+            found[1, i] += int((row < floor).sum())
+    found[2] = x.numel
+    return found
+
+
+@method("fisher", title="Fisher", source="arXiv 2111.09832", survey=_fisher_survey, statistics=("fisher",))
+def fisher(
+    x: Inputs,
+    *,
+    weight: Weights = 1.0,  # type: ignore[assignment]
+    normalize: Annotated[bool, "divide each model's weight by the norm of its Fisher"] = True,
+    floor: Annotated[float, Range(low=0), "a smaller Fisher counts as this"] = 1e-6,
+) -> Final:
+    """Σ wᵢFᵢθᵢ / Σ wᵢFᵢ, Fᵢ the diagonal of the Fisher information of model i (`cuvee stats --kind fisher`).
+
+    With `normalize` wᵢ is divided by ‖Fᵢ‖₂ over the whole model, so that no model's Fisher drowns the others'; the floor lies
+    under F as it is, both as in the authors' code. Where all F are 0, and in tensors of which a model has no Fisher, the
+    plain mean weighted by wᵢ. Equal F for all gives `linear`.
+    """
+    mean = shares(weight)
+    if not all(x.known):
+        if any(x.known):
+            x.note("averaged, because only some of the models have its Fisher")
+        return x.combine(mean)
+    squares, under, count = x.surveys[0]
+    for share in under / np.maximum(count, 1):
+        if share > 0.5:
+            x.note(f"more than half of a model's Fisher lies under the floor of {floor:g}: set a smaller 'floor'", True)
+    norms = np.sqrt(squares)
+    factors = np.asarray(weight) / np.where(norms > 0, norms, 1.0) if normalize else np.asarray(weight, np.float64)
+    scaled = x.kernels.vector(factors / factors.max())  # only their ratios matter; these cannot overflow
+    means = x.kernels.vector(mean)
+
+    def run(chunk: Chunk) -> Values:
+        x.kernels.weigh(chunk.models, chunk.statistics, scaled, means, floor, chunk.out)
+        return chunk.out
+
+    return Final(run, statistics=True)
+
+
+@method("regmean", title="RegMean", source="arXiv 2212.09849", statistics=("gram",))
+def regmean(
+    x: Inputs,
+    *,
+    weight: Weights = 1.0,  # type: ignore[assignment]
+    alpha: Annotated[float, Range(0, 1), "factor of the Gram matrices' off-diagonal entries"] = 0.9,
+    damping: Annotated[float, Range(low=0), "share of the mean diagonal that is added to the diagonal"] = 1e-6,
+) -> Final:
+    """Linear layers: W = (Σ wᵢWᵢGᵢ)(Σ wᵢGᵢ)⁻¹, Gᵢ the Gram matrix of the layer's inputs in model i; all else averaged.
+
+    The W that is nearest to all models in what their layers put out on their own inputs. Weights are (outputs, inputs) here,
+    the transpose of the paper's; GPT-2's (inputs, outputs) are seen. Gᵢ is the mean over the input rows that
+    `cuvee stats --kind gram` has read, where the paper sums: a model counts by wᵢ, not by how many texts it was shown.
+
+    `alpha` shrinks the off-diagonal entries (0.9 in the authors' code, 0.1 for some encoders); 0 weighs each input by itself,
+    1 is plain least squares. `damping` pulls towards the average what the inputs leave open. Solved by Cholesky in float64;
+    where Σ wᵢGᵢ is not positive definite the damping grows tenfold until it is.
+    """
+    mean = shares(weight)
+    if not all(x.known) or not x.numel:
+        if any(x.known):
+            x.note("averaged, because only some of the models have its Gram matrix")
+        return x.combine(mean)
+    grams = [statistic.gram()[0] for statistic in x.statistics if statistic]
+    axis = x.statistics[0].gram()[1] if x.statistics[0] else 1
+    system = _solvable(x, grams, mean, alpha, damping)
+    if system is None:
+        return x.combine(mean)
+    factor, pull = system
+    inputs, rows = x.shape[axis], _ROWS if x.kernels.on_host else 16 * _ROWS
+
+    def run(chunk: Chunk) -> Values:
+        # (k, outputs, inputs)
+        weights = chunk.models.reshape(len(mean), -1, x.shape[1])
+        weights = weights.swapaxes(1, 2) if axis == 0 else weights
+        first = x.kernels.wide(weights[0])
+        right = x.kernels.xp.zeros_like(first)
+        for own, gram, share in zip(weights[1:], grams[1:], mean[1:], strict=True):
+            apart = (x.kernels.wide(own) - first) * share
+            diagonal = x.kernels.wide(np.diagonal(gram))
+            right += apart * (diagonal * (1 - alpha) + pull)
+            for start in range(0, inputs, _BLOCK):
+                block = slice(start, start + _BLOCK)
+                right += (apart[:, block] * alpha) @ x.kernels.wide(gram[block])
+        merged = first + x.kernels.solve(factor, right)
+        return (merged.T if axis == 0 else merged).reshape(-1)
+
+    return Final(run, x.numel if axis == 0 else inputs * min(rows, x.shape[0]))
+
+
+def _solvable(
+    x: Inputs, grams: Sequence[NDArray[np.float32]], mean: Sequence[float], alpha: float, damping: float
+) -> tuple[Any, float] | None:
+    """The factor of Σ wᵢĜᵢ with its damping, and that damping; None where no model has seen any input but 0."""
+    total = x.kernels.wide(np.zeros(grams[0].shape))
+    for gram, share in zip(grams, mean, strict=True):
+        for start in range(0, len(gram), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            total[block] += x.kernels.wide(gram[block]) * share
+    diagonal = x.kernels.xp.diagonal(total) + 0.0  # a copy
+    scale = float(diagonal.mean())
+    if scale <= 0:
+        return None
+    total *= alpha
+    pull = damping * scale
+    places = np.arange(len(grams[0]))
+    while True:
+        matrix = total + 0.0
+        matrix[places, places] = diagonal + pull
+        found = x.kernels.cholesky(matrix)
+        if found is not None:
+            break
+        pull = max(10 * pull, 1e-12 * scale)
+    if pull > damping * scale:
+        x.note("solved with more damping, because the Gram matrices are not positive definite")
+    elif found[1] > _ILL:
+        x.note(f"ill-conditioned (over {_ILL:.0e}): 'damping' decides what the inputs leave open")
+    return found[0], pull
