@@ -1,5 +1,6 @@
 """Statistics of a model on a few texts: which of its weights matter, and what its linear layers read."""
 
+from merging.statistics.collect import collect
 from merging.statistics.folder import (
     KINDS,
     Statistics,
@@ -14,6 +15,7 @@ __all__ = [
     "KINDS",
     "Statistics",
     "StatsError",
+    "collect",
     "combine",
     "fingerprint",
     "open_statistics",

@@ -26,7 +26,7 @@ from merging.loading import (
     refuse_other_kinds,
 )
 from merging.sources import ModelRef
-from merging.statistics.matching import stored_names
+from merging.statistics.matching import Matches, Piece, match
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +66,7 @@ class Network:
         reader: its tokenizer or processor.
         head: one of `HEADS`.
         names: stored name by parameter name, of `named_parameters` (tied ones once); what the file lacks is not in it.
+        pieces: by parameter name, what is stored in parts, or under a second name too.
         max_length: tokens of a text at most.
         device: "cpu" or a torch device.
         dtype: of the weights and of the arithmetic.
@@ -77,6 +78,7 @@ class Network:
     head: str
     names: Mapping[str, str]
     max_length: int
+    pieces: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
     device: str = "cpu"
     dtype: str = "float32"
     notes: tuple[str, ...] = ()
@@ -89,7 +91,17 @@ class Network:
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """By name, tied ones once; those only that the checkpoint has."""
-        return {name: own for name, own in self.module.named_parameters() if name in self.names}
+        known = self.names.keys() | self.pieces.keys()
+        return {name: own for name, own in self.module.named_parameters() if name in known}
+
+    def stored(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """By stored name what is given by parameter name, in the shape of each stored tensor."""
+        found = {}
+        for name, own in values.items():
+            if name in self.names:
+                found[self.names[name]] = own
+            found |= {piece.name: piece.of(own) for piece in self.pieces.get(name, ())}
+        return found
 
     def read(
         self,
@@ -225,7 +237,7 @@ def open_network(
     check_device(device)
     model = ref if isinstance(ref, ModelRef) else ModelRef.parse(ref)
     with Checkpoint.open(model) as checkpoint, adapter_merged(model, checkpoint.path) as folder:
-        chosen = _head_of(checkpoint) if head == "auto" else head
+        chosen = head_of(checkpoint) if head == "auto" else head
         if chosen == "embedding":
             if (folder / "modules.json").is_file():
                 refuse_other_kinds(checkpoint, trust_remote_code=trust_remote_code)
@@ -236,22 +248,23 @@ def open_network(
         else:
             module, reader = _load(folder, str(model), chosen, dtype, trust_remote_code)
         with Checkpoint.open(folder) as merged:
-            names = stored_names(dict(module.named_parameters()), merged)
-    _refuse_random(module, names, str(model))
+            matches = match(dict(module.named_parameters()), merged, _tied(module))
+    _refuse_random(module, matches, str(model))
     module.requires_grad_(False)
     limit = _limit(module, reader, chosen)
     return Network(
         module=module.to(device).eval(),
         reader=reader,
         head=chosen,
-        names=names,
+        names=matches.names,
+        pieces=matches.pieces,
         max_length=min(max_length or DEFAULT_LENGTH, limit or max_length or DEFAULT_LENGTH),
         device=device,
         dtype=dtype,
     )
 
 
-def _head_of(checkpoint: Checkpoint) -> str:
+def head_of(checkpoint: Checkpoint) -> str:
     """What a folder's model is for, from its JSON files alone."""
     folder, config = checkpoint.path, checkpoint.config
     settings = folder / "config_sentence_transformers.json"
@@ -268,10 +281,23 @@ def _head_of(checkpoint: Checkpoint) -> str:
         )
         return "regression" if regression else "classification"
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        return "lm"
+        return "lm" if _has_output_head(checkpoint) else "embedding"
     if architecture.endswith("ForConditionalGeneration") and not config.get("is_encoder_decoder"):
         return "lm"
     return "embedding"
+
+
+def _has_output_head(checkpoint: Checkpoint) -> bool:
+    """Whether its file holds one, or it is tied to the embeddings; embedding models are saved without."""
+    if any("lm_head" in name or "embed_out" in name for name in checkpoint.tensors):
+        return True
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True)
+        return bool(config.get_text_config().tie_word_embeddings)
+    except Exception:  # of code that comes with it, say: the loader tells better what is wrong
+        return True
 
 
 def _load(folder: Path, ref: str, head: str, dtype: str, trusted: bool) -> tuple[Any, Any]:
@@ -308,9 +334,17 @@ def _load(folder: Path, ref: str, head: str, dtype: str, trusted: bool) -> tuple
     return module, reader
 
 
-def _refuse_random(module: Any, names: Mapping[str, str], ref: str) -> None:
+def _tied(module: Any) -> dict[str, str]:
+    """Second names of parameters that have several, and their first."""
+    first = {id(own): name for name, own in module.named_parameters()}
+    every = module.named_parameters(remove_duplicate=False)
+    return {name: first[id(own)] for name, own in every if first[id(own)] != name}
+
+
+def _refuse_random(module: Any, matches: Matches, ref: str) -> None:
     """What the files lack was filled with random numbers."""
-    missing = [name for name, _ in module.named_parameters() if name not in names]
+    known = matches.names.keys() | matches.pieces.keys()
+    missing = [name for name, _ in module.named_parameters() if name not in known]
     missing = [name for name in missing if not any(part in name for part in _UNUSED)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
