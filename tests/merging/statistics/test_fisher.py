@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,7 @@ def test_micro_batches_change_nothing_beyond_rounding(sizes: tuple[int, ...], he
     starts = np.cumsum([0, *sizes])
     parts = [
         Batch(head, {key: value[a:b] for key, value in whole.features.items()}, seeds=whole.seeds[a:b])
-        for a, b in zip(starts[:-1], starts[1:], strict=True)
+        for a, b in pairwise(starts)
     ]
     expected = {name: own.double() for name, own in oracle.fisher(module, logits(module), whole).items()}
     assert_close(fisher(module, logits(module), *parts), expected)
