@@ -6,6 +6,7 @@ threads inside an operation wait for each other on a busy machine.
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -58,6 +59,8 @@ class Execution:
     def run(self, staging: Path, shard_size: int) -> str:
         """Writes all shards; returns the digest of what was written."""
         steps = self.plan.steps
+        if any(step.statistics and "gram" in step.method.statistics for step in steps):
+            importlib.import_module("scipy.linalg")  # now, so that the limit holds for its BLAS too
         with threadpool_limits(1, "blas"):
             surveys = self._survey([s for s in steps if s.method.survey and s.action == "merge"])
             writer = CheckpointWriter(staging, [(s.name, s.dtype, s.shape) for s in steps], shard_size, self.plan.parts)

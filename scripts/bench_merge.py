@@ -8,6 +8,8 @@ Works, each of four checkpoints, made once under --folder and kept:
     minilm                  the real all-MiniLM-L6-v2 and three that were moved away from it, float32
     tensors-100, -10k       0.5 billion bfloat16 parameters in a hundred tensors, and in ten thousand
 
+Methods by statistics get random ones, as `cuvee stats` writes them; `ties-moments` is ties with `saliency: stats`.
+
 Peers: `cuvee merge` and `mergekit-yaml -j 1`, each as a whole process; the floor reads every input byte once (`cat`) and
 writes the output's bytes once (`cp`). Peers take turns within a repeat, so that a change of the machine's speed meets all
 of them; what is printed are medians. Pages are warm. Writes one table and one JSON (bench_merge.json in the folder).
@@ -25,6 +27,8 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +37,10 @@ import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from merging.checkpoint import CheckpointWriter
+from merging.checkpoint import Checkpoint, CheckpointWriter
+from merging.sources import ModelRef
+from merging.statistics import fingerprint, write_statistics
+from merging.views import View
 
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # method: (parameters of the merge, of each model)
     "linear": ({}, {"weight": 1.0}),
@@ -47,7 +54,18 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # method: (parame
     "della": ({"density": 0.5}, {"weight": 1.0}),
     "dare_linear": ({"density": 0.5}, {"weight": 1.0}),
     "dare_ties": ({"density": 0.5}, {"weight": 1.0}),
+    "ties-moments": ({"density": 0.5, "saliency": "stats"}, {"weight": 1.0}),
+    "fisher": ({}, {}),
+    "regmean": ({}, {}),
+    "obim": ({}, {}),
+    "obim-fisher": ({}, {}),
+    "obim-row": ({"scope": "row"}, {}),
 }
+STATISTICS = {
+    "ties-moments": "moments", "fisher": "fisher", "regmean": "gram", "obim": "moments", "obim-fisher": "fisher",
+    "obim-row": "moments",
+}  # fmt: skip
+NO_BASE = ("linear", "karcher", "fisher", "regmean")
 LLAMAS = {"llama-0.5b": (1024, 4096, 24, 32000), "llama-1b": (1536, 6144, 24, 32000)}
 """hidden, intermediate, layers, vocabulary"""
 COUNTS = {"tensors-100": 100, "tensors-10k": 10_000}
@@ -70,7 +88,8 @@ def main() -> None:
     for work in options.works:
         models = make_models(options.folder, work)
         for method in options.methods:
-            row = {"work": work, **bench(options.folder, models, method, options.repeats, not options.no_mergekit)}
+            peer = not options.no_mergekit and method not in STATISTICS
+            row = {"work": work, **bench(options.folder, models, method, options.repeats, peer)}
             rows.append(row)
             print(line(row), flush=True)
     start_up = {
@@ -147,13 +166,16 @@ def timed(command: list[str]) -> tuple[float, float]:
 
 def write_recipe(folder: Path, models: list[Path], method: str) -> tuple[Path, list[Path]]:
     shared, each = METHODS[method]
-    plain = method in ("linear", "karcher")
+    plain = method in NO_BASE
     used = models[:2] if method == "slerp" else models
     entries = [{"model": str(m), **({"parameters": each} if each else {})} for m in (used if plain else used[1:])]
     if method == "slerp":
         entries = [{"model": str(m)} for m in used[1:]]
+    if kind := STATISTICS.get(method):
+        for entry in entries:
+            entry["stats"] = str(make_statistics(Path(str(entry["model"])), kind))
     dtype = "float32" if "minilm" in models[0].name else "bfloat16"
-    recipe: dict[str, Any] = {"merge_method": method, "models": entries, "dtype": dtype}
+    recipe: dict[str, Any] = {"merge_method": method.partition("-")[0], "models": entries, "dtype": dtype}
     recipe |= {} if plain else {"base_model": str(models[0])}
     recipe |= {"parameters": shared} if shared else {}
     file = folder / f"{method}.yml"
@@ -183,6 +205,44 @@ def make_model(folder: Path, shapes: Shapes, model: int, config: dict[str, Any])
     writer.close()
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def make_statistics(model: Path, kind: str) -> Path:
+    """Random statistics of a model; second moments and Gram matrices of the layers' matrices alone."""
+    folder = model.with_name(f"{model.name}-{kind}")
+    if folder.exists():
+        return folder
+    with Checkpoint.open(model) as checkpoint:
+        view = View(ModelRef(str(model)), checkpoint)
+        floats = {n: info.shape for n, info in checkpoint.tensors.items() if info.dtype in ("F32", "BF16")}
+        linear = {n: s for n, s in floats.items() if len(s) == 2 and "embed" not in n and "head" not in n}
+        kinds: dict[str, dict[str, tuple[int, ...]]] = {
+            "fisher": floats,
+            "moments": {n: (1, s[1]) for n, s in linear.items()},
+            "gram": {n: (s[1], s[1]) for n, s in linear.items()},
+        }
+        shapes = kinds[kind]
+        manifest = {
+            "examples": 1,
+            "rows": {} if kind == "fisher" else dict.fromkeys(shapes, 1),
+            "axes": {} if kind == "fisher" else dict.fromkeys(shapes, 1),
+            "seed": 0,
+            "settings": {},
+            "data": [],
+            "model": {"ref": str(model), "digest": view.digest(), "fingerprint": fingerprint(view)},
+        }
+        makers = {name: partial(random_statistic, kind, name, shape) for name, shape in shapes.items()}
+        write_statistics(folder, kind, makers, manifest, shapes=shapes)
+    return folder
+
+
+def random_statistic(kind: str, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if kind != "gram":
+        return np.square(rng.standard_normal(shape, np.float32))
+    inputs = rng.standard_normal((512, shape[1]), np.float32)
+    gram: NDArray[np.float32] = inputs.T @ inputs / np.float32(len(inputs))
+    return gram
 
 
 def copy_of_minilm(folder: Path, model: int) -> Path:
