@@ -36,7 +36,10 @@ from embeddings.training.data_settings import (
     loss_settings,
     suite_folder,
 )
-from embeddings.training.fields import (
+from embeddings.training.mining_settings import MiningSettings
+from merging import node
+from merging.errors import CuveeError
+from merging.fields import (
     choice,
     flag,
     given,
@@ -51,9 +54,6 @@ from embeddings.training.fields import (
     texts,
     told_as,
 )
-from embeddings.training.mining_settings import MiningSettings
-from merging import node
-from merging.errors import CuveeError
 from merging.node import Node
 from merging.recipe import read_file
 from merging.setting import did_you_mean, quoted, refuse_unknown_keys

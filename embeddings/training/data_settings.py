@@ -30,7 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.evaluation import suite
-from embeddings.training.fields import (
+from embeddings.training.mining_settings import MiningSettings, mining_settings
+from merging.errors import CuveeError
+from merging.fields import (
     choice,
     flag,
     given,
@@ -44,8 +46,6 @@ from embeddings.training.fields import (
     text,
     texts,
 )
-from embeddings.training.mining_settings import MiningSettings, mining_settings
-from merging.errors import CuveeError
 from merging.node import Node
 from merging.setting import did_you_mean, quoted, refuse_unknown_keys
 from merging.tables import FORMATS

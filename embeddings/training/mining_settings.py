@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from embeddings.training.fields import choice, given, mapping, number, number_of
 from merging.errors import CuveeError
+from merging.fields import choice, given, mapping, number, number_of
 from merging.node import Node
 from merging.setting import refuse_unknown_keys
 
