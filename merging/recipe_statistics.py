@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from merging import lineage
 from merging.errors import CuveeError, MergeError
 from merging.methods import Method
 from merging.recipe import Recipe
-from merging.sources import Source, StatsRef
+from merging.sources import ModelRef, Source, StatsRef
 from merging.views import View
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def _opened(stats: StatsRef, relative_to: Path | None) -> Statistics:
     try:
         return open_statistics(_located(stats.path, relative_to))
     except CuveeError as error:
-        raise type(error)(f"'{error.where}' {error.what}", where=stats.where, mend=error.mend) from None
+        raise type(error)(f"{error.where}: {error.what}", where=stats.where, mend=error.mend) from None
 
 
 def _computed(
@@ -137,7 +136,7 @@ def _computed(
     more: dict[str, Any],
 ) -> Statistics | None:
     """Statistics of earlier merges into the same output, if nothing that they depend on has changed; else made now."""
-    from merging.statistics import fingerprint, open_statistics
+    from merging.statistics import collect, fingerprint, open_statistics
 
     assert source.stats is not None
     data = _located(options.pop("data"), relative_to)
@@ -149,18 +148,11 @@ def _computed(
     if folder.is_dir():
         return open_statistics(folder)
     kind, note = options.pop("kind"), more["note"]
-    reference = str(view.ref) if relative_to is None else _reference(view)
+    found = ModelRef(str(view.checkpoint.path), adapter=str(view.adapter.file.parent) if view.adapter else None)
     if not more["dry_run"]:
         note(f"computing {kind} statistics of {source.model} on {data} into {folder}")
-    collect = importlib.import_module("merging.statistics.collect").collect  # here: it loads torch
-    collect(reference, data, kind, folder, **options, **more)
+    collect(found, data, kind, folder, **options, **more)
     return None if more["dry_run"] else open_statistics(folder)
-
-
-def _reference(view: View) -> Any:
-    """The model where it was found, whatever the working directory."""
-    text = str(view.checkpoint.path)
-    return f"{text}+{view.adapter.file.parent}" if view.adapter else text
 
 
 def _refuse_mismatch(folder: Statistics, source: Source, view: View, method: Method) -> None:
