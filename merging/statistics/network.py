@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from merging.checkpoint import Checkpoint, read_json
 from merging.errors import CuveeError
@@ -26,7 +25,9 @@ from merging.loading import (
     refuse_other_kinds,
 )
 from merging.sources import ModelRef
+from merging.statistics import images
 from merging.statistics.matching import Matches, Piece, match
+from merging.statistics.tokens import Tokens
 
 if TYPE_CHECKING:
     import torch
@@ -37,24 +38,6 @@ DEFAULT_LENGTH = 512
 #: sentence-transformers' names of the prompts of a side, first come first taken.
 _PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 _UNUSED = ("pooler",)  # parts that a model may have without weights of its own, since nobody reads what they give
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One text as the model reads it.
-
-    Attributes:
-        sequence: by the model's name, what has an entry for each token, (length,); `input_ids` among it.
-        more: by the model's name, what else it reads: an image's pixels.
-        prompt: how many of the first tokens pooling leaves out.
-    """
-
-    sequence: Mapping[str, NDArray[np.int64]]
-    more: Mapping[str, Any] = field(default_factory=dict)
-    prompt: int = 0
-
-    def __len__(self) -> int:
-        return len(self.sequence["input_ids"])
 
 
 @dataclass(frozen=True)
@@ -107,19 +90,19 @@ class Network:
         self,
         texts: Sequence[str | tuple[str, ...]],
         side: str | None = None,
-        images: Sequence[Path | None] | None = None,
+        pictures: Sequence[Path | None] | None = None,
     ) -> list[Tokens]:
         """Each text (or pair of texts) as tokens, cut to `max_length`, special tokens among them.
 
         Args:
             side: "query" or "document" puts the prompt before it that the model has for them; None its default one.
-            images: of each text, or None.
+            pictures: the image's file of each text, or None.
 
         Raises:
             CuveeError: an image cannot be read, or by this model not at all.
         """
-        if images is not None and any(image is not None for image in images):
-            one = [self._read_image(text, image, side) for text, image in zip(texts, images, strict=True)]
+        if pictures is not None and any(picture is not None for picture in pictures):
+            one = [self._read_image(text, picture, side) for text, picture in zip(texts, pictures, strict=True)]
             return [tokens or self._read_texts([text], side)[0] for text, tokens in zip(texts, one, strict=True)]
         return self._read_texts(texts, side) if texts else []
 
@@ -142,7 +125,8 @@ class Network:
             prompts = np.array([[each.prompt] for each in tokens])
             features["pooling_mask"] = torch.from_numpy((mask & (np.arange(width) >= prompts)).astype(np.int64))
         for key in dict.fromkeys(key for each in tokens for key in each.more):
-            features[key] = torch.cat([each.more[key] for each in tokens if key in each.more])
+            together = torch.cat([each.more[key] for each in tokens if key in each.more])
+            features[key] = together.to(getattr(torch, self.dtype)) if together.is_floating_point() else together
         return {key: value.to(self.device, non_blocking=True) for key, value in features.items()}
 
     def vectors(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -206,9 +190,23 @@ class Network:
         return _rows({key: found[key] for key in keys if key in found}, len(texts), length)
 
     def _read_image(self, text: str | tuple[str, ...], image: Path | None, side: str | None) -> Tokens | None:
+        """A text after its image, as the processor joins them; never cut, since an image is whole or none."""
         if image is None:
             return None
-        raise CuveeError("images are not read yet", where=str(image))
+        pixels, text = images.opened(image), text if isinstance(text, str) else "\n".join(text)
+        try:
+            if self.head == "embedding":
+                both = {"image": pixels, "text": text} if text else {"image": pixels}
+                found = self.module.preprocess([both], prompt=self._prompt(side), task=side)
+            else:
+                found = images.processed(self.reader, pixels, text)
+        except CuveeError:
+            raise
+        except Exception as error:  # every processor has its own ways to fail
+            reason = next(iter(str(error).strip().splitlines()), "")[:160]
+            what = f"cannot be read by the model's processor ({type(error).__name__}: {reason})"
+            raise CuveeError(what, where=str(image), mend="leave images out, if it is a model of texts") from error
+        return images.tokens(found)
 
 
 def open_network(
@@ -323,9 +321,7 @@ def _load(folder: Path, ref: str, head: str, dtype: str, trusted: bool) -> tuple
                 use_safetensors=True,
                 trust_remote_code=trusted,
             )
-            reader = transformers.AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=trusted
-            )
+            reader = images.reader(folder, trusted=trusted)
         except Exception as error:  # every architecture has its own ways to fail
             reason = next(iter(str(error).strip().splitlines()), "")[:160]
             mend = "add --trust-remote-code if you trust its code" if "trust_remote_code" in str(error) else ""

@@ -136,3 +136,31 @@ def reference(folder: Path, module: torch.nn.Module, runs: Sequence[Any]) -> dic
         if names[layer] is not None:
             found[str(names[layer])] = (rows.T @ rows / len(rows)).numpy()
     return found
+
+
+def llava(folder: Path) -> Path:
+    """A tiny model of images and texts with its processor; needs Pillow."""
+    import transformers
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    text = ARCHITECTURES["llama"].sizes
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**text),
+        vision_config=transformers.CLIPVisionConfig(**vision, image_size=16, patch_size=8),
+        image_token_index=VOCABULARY - 1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        own = transformers.LlavaForConditionalGeneration(config)
+        for parameter in own.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    own.save_pretrained(folder)
+    with_tokenizer(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<pad0>", "<pad1>", "<pad2>", "<image>"]})
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    transformers.LlavaProcessor(
+        pictures, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    ).save_pretrained(folder)
+    return folder

@@ -19,7 +19,7 @@ from merging.checkpoint import Checkpoint
 from merging.lineage import weights_digest
 from merging.statistics import collect, combine, fingerprint, open_statistics
 from merging.statistics import resume as resuming
-from merging.statistics.collect import micro_batches
+from merging.statistics.job import micro_batches
 from tests.commands import ROOT, environment, run
 from tests.merging.statistics.models import classifier, model, sentences
 
