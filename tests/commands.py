@@ -136,7 +136,7 @@ def _serve() -> None:
     _warm_up()
     for line in sys.stdin:
         request = json.loads(line)
-        if request["arguments"][:1] in (["train"], ["update"]):
+        if request["arguments"][:1] in (["train"], ["update"], ["stats"]):
             _warm_up_training()
         child = os.fork()
         if child == 0:
