@@ -16,12 +16,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from merging.statistics.squares import BUDGET, Outer, Rows, Term, Whole, add_squares, weighted
+from merging.statistics.layer_terms import Terms, Uses, is_table, uses_of
+from merging.statistics.squares import BUDGET, Rows, Term, add_squares, weighted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from merging.statistics.sums import Sum
+
+_LOOKED_UP = "_cuvee_looked_up"
 
 
 class PerExample:
@@ -41,7 +44,7 @@ class PerExample:
         self.module, self.budget = module, budget
         self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
-        self._layers = [(layer, uses) for layer in module.modules() if (uses := _uses(layer)) is not None]
+        self._layers = [(layer, uses) for layer in module.modules() if (uses := uses_of(layer)) is not None]
         held = {self._names[id(own)] for layer, _ in self._layers for own in layer.parameters(recurse=False)}
         self.unknown = frozenset(self.parameters.keys() - held)
         self.failed: set[str] = set()
@@ -59,8 +62,10 @@ class PerExample:
         for own in self.parameters.values():
             own.requires_grad_(False)
         for layer, uses in self._layers:
-            if _is_table(layer):
+            if is_table(layer):
                 self._handles.append(layer.register_forward_pre_hook(self._spread))
+                if _has_its_own_way(layer):
+                    self._handles += self._watch_lookups(layer)
             self._handles.append(layer.register_forward_hook(partial(self._saw, uses), with_kwargs=True))
         self._restore = [self._watch_bias(layer) for layer in self.module.modules() if _bias_method(layer)]
         return self
@@ -171,7 +176,7 @@ class PerExample:
         if self._unit is None or self._bias is not None or len(self._unit) == 1 or not inputs:
             return None
         index = inputs[0]
-        if index.ndim == 2 and len(index) == 1:
+        if getattr(index, "ndim", 0) == 2 and len(index) == 1:
             return (index.expand(len(self._unit), -1), *inputs[1:])
         return None
 
@@ -187,13 +192,18 @@ class PerExample:
 
         if self._unit is None or not torch.is_grad_enabled():
             return None
-        given = inputs[0] if inputs else next(iter(named.values()))
-        if self._bias is not None and _is_table(layer):
+        given = inputs[0] if inputs else next(iter(named.values()), None)
+        if _has_its_own_way(layer):
+            given = layer.__dict__.pop(_LOOKED_UP, None)
+        if self._bias is not None and is_table(layer):
             self._bias = (layer, given)
             return None
-        terms = uses(layer, given, output, self._unit)
+        known = isinstance(given, torch.Tensor) and isinstance(output, torch.Tensor)
+        terms = uses(layer, given, output, self._unit) if known else None
         if terms is None:
             self.failed |= {self._names[id(own)] for own in layer.parameters(recurse=False)}
+        if not isinstance(output, torch.Tensor):
+            return None
         first = not output.requires_grad
         if first:
             output = output.detach().requires_grad_().clone()  # what follows may change it in place
@@ -212,6 +222,20 @@ class PerExample:
         for name in own:
             self._expected[name] = self._expected.get(name, 0) + 1
         output.register_hook(partial(self._arrive, own))
+
+    def _watch_lookups(self, layer: nn.Module) -> list[Any]:
+        modes: list[Any] = []
+
+        def begin(*_: Any) -> None:
+            if self._unit is not None:
+                modes.append(_lookups(layer, len(self._unit)))
+                modes[-1].__enter__()
+
+        def end(*_: Any) -> None:
+            if modes:
+                modes.pop().__exit__(None, None, None)
+
+        return [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end, always_call=True)]
 
     def _watch_bias(self, layer: nn.Module) -> Callable[[], None]:
         """Of a position bias that all rows share, a copy for each row."""
@@ -253,126 +277,34 @@ class PerExample:
                 self._take(name, self._arrived.pop(name))
 
 
-# ---- the layers ----
-
-#: From the gradient of what a layer gave to the term of each of its parameters.
-Terms = Mapping[str, Callable[["Tensor"], Term]]
-#: Of a layer, what it was given, what it gave, and the unit of each row. None: these rows are not its leading axis.
-Uses = Callable[[Any, "Tensor", "Tensor", "Tensor"], "Terms | None"]
-
-
-def _uses(layer: nn.Module) -> Uses | None:
-    """What a layer does with its parameters; None where it is none of the known."""
-    from torch import nn
-
-    if not any(True for _ in layer.parameters(recurse=False)):
-        return None
-    if isinstance(layer, nn.Linear):
-        return _linear
-    if type(layer).__name__ == "Conv1D":
-        return partial(_linear, inputs_first=True)
-    if isinstance(layer, nn.Embedding):
-        return _table if layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse else None
-    if isinstance(layer, nn.LayerNorm):
-        return _layer_norm if len(layer.normalized_shape) == 1 else None
-    if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        return _convolution if plain else None
-    if type(layer).__name__.endswith(("RMSNorm", "LayerNorm")):
-        weight = getattr(layer, "weight", None)
-        others = {key for key, _ in layer.named_parameters(recurse=False)} - {"weight", "bias"}
-        return _scale if weight is not None and weight.ndim == 1 and not others else None
-    return None
-
-
-def _is_table(layer: nn.Module) -> bool:
-    from torch import nn
-
-    return isinstance(layer, nn.Embedding)
-
-
 def _bias_method(layer: nn.Module) -> str:
-    if not _is_table(getattr(layer, "relative_attention_bias", None)):
+    if not is_table(getattr(layer, "relative_attention_bias", None)):
         return ""
     return next((name for name in ("compute_bias", "compute_position_bias") if hasattr(layer, name)), "")
 
 
-def _by_row(tensor: Tensor, unit: Tensor) -> Tensor:
-    """(rows, places, last axis)"""
-    return tensor.reshape(len(unit), -1, tensor.shape[-1])
+def _has_its_own_way(layer: nn.Module) -> bool:
+    """Whether an Embedding looks up something else than what it is given: positions from a mask or a shape (OPT, BART)."""
+    from torch import nn
+
+    return is_table(layer) and type(layer).forward is not nn.Embedding.forward
 
 
-def _linear(_: Any, given: Tensor, output: Tensor, unit: Tensor, inputs_first: bool = False) -> Terms | None:
-    if given.ndim < 2 or len(given) % len(unit) or output.shape[:-1] != given.shape[:-1]:
-        return None
-    inputs = _by_row(given.detach(), unit)
-
-    def weight(gradient: Tensor) -> Term:
-        outputs = _by_row(gradient, unit)
-        return Outer(inputs, outputs, unit) if inputs_first else Outer(outputs, inputs, unit)
-
-    return {"weight": weight, "bias": lambda gradient: Whole(_by_row(gradient, unit), unit)}
-
-
-def _table(layer: Any, given: Tensor, output: Tensor, unit: Tensor) -> Terms | None:
-    if given.ndim == 0 or len(given) % len(unit) or output.shape[:-1] != given.shape:
-        return None
-    index = given.reshape(len(unit), -1)
-    if layer.padding_idx is not None:
-        index = index.masked_fill(index == layer.padding_idx, -1)  # as torch: padding never learns
-    factor = getattr(layer, "embed_scale", None)  # Gemma, BART: what comes out is multiplied
-    return {
-        "weight": lambda gradient: Rows(index, _by_row(gradient if factor is None else gradient * factor, unit), unit)
-    }
-
-
-def _layer_norm(layer: Any, given: Tensor, _: Tensor, unit: Tensor) -> Terms | None:
+def _lookups(layer: nn.Module, rows: int) -> Any:
+    """A context that keeps in the layer what it looks up, and spreads it as `PerExample._spread` does."""
     import torch
+    from torch.overrides import TorchFunctionMode
 
-    return _scaled(given, unit, lambda inputs: torch.layer_norm(inputs, layer.normalized_shape, None, None, layer.eps))
+    class Lookups(TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+            if function is torch.nn.functional.embedding:
+                index = arguments[0]
+                if index.ndim == 2 and len(index) == 1:
+                    index = index.expand(rows, -1)
+                layer.__dict__[_LOOKED_UP], arguments = index, (index, *arguments[1:])
+            return function(*arguments, **(named or {}))
 
-
-def _scale(layer: Any, given: Tensor, _: Tensor, unit: Tensor) -> Terms | None:
-    """Any layer whose output is linear in its weight, entry by entry: it tells itself what it multiplies."""
-    import torch
-
-    def of(inputs: Tensor, weight: float) -> Tensor:
-        own = torch.full_like(layer.weight, weight)
-        result: Tensor = torch.func.functional_call(layer, {"weight": own}, (inputs,))
-        return result
-
-    return _scaled(given, unit, torch.no_grad()(lambda inputs: of(inputs, 1.0) - of(inputs, 0.0)))
-
-
-def _scaled(given: Tensor, unit: Tensor, normal: Callable[[Tensor], Tensor]) -> Terms | None:
-    if given.ndim < 2 or len(given) % len(unit):
-        return None
-    inputs = given.detach()
-    return {
-        "weight": lambda gradient: Whole(_by_row(_exactly(gradient) * normal(inputs), unit), unit),
-        "bias": lambda gradient: Whole(_by_row(gradient, unit), unit),
-    }
-
-
-def _convolution(layer: Any, given: Tensor, output: Tensor, unit: Tensor) -> Terms | None:
-    """A linear layer on the patches of its input."""
-    import torch
-
-    if given.ndim != layer.weight.ndim or len(given) % len(unit):
-        return None
-    images = given.detach() if given.ndim == 4 else given.detach().unsqueeze(2)
-    pairs = [layer.kernel_size, layer.dilation, layer.padding, layer.stride]
-    if given.ndim == 3:
-        pairs = [(alone, pair[0]) for alone, pair in zip((1, 1, 0, 1), pairs, strict=True)]
-
-    def outputs(gradient: Tensor) -> Tensor:
-        return gradient.flatten(2).mT.reshape(len(unit), -1, gradient.shape[1])
-
-    def weight(gradient: Tensor) -> Term:
-        patches = torch.nn.functional.unfold(images, *pairs).mT  # (batch, places, in * kernel)
-        return Outer(outputs(gradient), _by_row(patches, unit), unit)
-
-    return {"weight": weight, "bias": lambda gradient: Whole(outputs(gradient), unit)}
+    return Lookups()
 
 
 def _tolerance(dtype: Any) -> float:
@@ -384,9 +316,3 @@ def _tolerance(dtype: Any) -> float:
         arithmetic = torch.get_autocast_dtype("cpu")
     eps = float(torch.finfo(arithmetic).eps)
     return 3 * eps if eps > 1e-4 else 32 * float(torch.finfo(torch.float32).eps)
-
-
-def _exactly(tensor: Tensor) -> Tensor:
-    import torch
-
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
