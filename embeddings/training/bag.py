@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,9 @@ from embeddings.training.config import COMPLEMENT, TrainingConfig
 from embeddings.training.data import TrainingSet, load_sets, write_rows
 from embeddings.training.disk import disk_errors
 from embeddings.training.metrics import Sink, sinks
+from embeddings.training.options import Options as Options  # a part of this module's functions
+from embeddings.training.options import refuse_device
+from embeddings.training.team import ALONE
 from embeddings.training.train import AFTER_TRAINING, ROWS, Job, Trained, schedule_of, train, write_row_numbers
 from merging import lineage
 from merging.errors import CuveeError
@@ -51,24 +54,6 @@ _MADE = (MEMBERS, MODEL, BASE, CORE, WORK)  # of a configuration; `data` serves 
 _CORE_DRAW, _MEMBER_DRAW = 1, 2  # keep draws apart that share a seed
 _FORM = 1
 _CONFIG = "config.yml"
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a run is carried out; none of it changes what comes out but for rounding.
-
-    With another number of threads a sum has another order: workers give the bytes of one process where each has as many
-    threads as that would have, as with OMP_NUM_THREADS=1.
-
-    Attributes:
-        workers: members trained side by side, each on its share of the cores, or on a GPU of its own.
-        logs: "tensorboard", "wandb".
-    """
-
-    device: str = "cpu"
-    workers: int = 1
-    force: bool = False
-    logs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +82,7 @@ def train_run(
     """Trains the members of a configuration and merges them; what is done already is not done again.
 
     Returns:
-        What `cuvee train --json` prints.
+        What `cuvee train --json` prints; nothing in a process that is not the first of its team.
 
     Raises:
         CuveeError: data or settings that cannot be, or a folder that holds another run.
@@ -105,13 +90,16 @@ def train_run(
     began = time.perf_counter()
     run, options = Path(run).absolute(), options or Options()
     progress, note = progress or (lambda what, done, total: None), note or (lambda line: None)
+    refuse_device(options)
+    if options.team.rank:
+        return help_train(config, run, options)
     check_claim(run, "train", config, force=options.force)
     _refuse_recipe(config, run)
     with at_work(run), only_our_words():
         claim(run, "train", config, force=options.force)
         sets = read_sets(config, run, options, progress, note)
         members = draw_members(config, sets)
-        trained = train_members(config, sets, members, run, options, progress)
+        trained = train_jobs(config, sets, jobs_by_name(config, sets, run), run, options, progress)
         keep_core(config, sets, run / CORE, force=options.force)
         content = {
             **training_lineage(config, run, sets, trained),
@@ -152,6 +140,7 @@ def plan(
         CuveeError: as `train_run`.
     """
     options, progress = options or Options(), progress or (lambda what, done, total: None)
+    refuse_device(options)
     if jobs is None:
         check_claim(Path(run).absolute(), "train", config, force=options.force)
         _refuse_recipe(config, Path(run).absolute())
@@ -252,23 +241,44 @@ def _without(size: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.setdiff1d(np.arange(size, dtype=np.int64), rows, assume_unique=True)
 
 
-def train_members(
+def train_jobs(
     config: TrainingConfig,
     sets: Sequence[TrainingSet],
-    members: Sequence[Member],
+    jobs: Mapping[str, Job],
     run: Path,
     options: Options,
     progress: Work,
 ) -> dict[str, Trained]:
-    """Trains each member that is not done."""
-    jobs = {member.name: _job(member, run, bool(config.bags)) for member in members}
-    missing = [name for name, job in jobs.items() if options.force or not job.out.exists()]
-    if options.workers > 1 and len(missing) > 1:
+    """Trains what is not done: here, with those of the team, or in processes of its own."""
+    missing = [job for job in jobs.values() if options.force or not job.out.exists()]
+    if missing and options.ray:
+        from embeddings.training.ray_members import train_by_ray
+
+        train_by_ray(config, run, missing, options, progress)
+        options = replace(options, force=False)
+    elif options.processes > 1 or (options.workers > 1 and len(missing) > 1):
         from embeddings.training.workers import train_side_by_side
 
         train_side_by_side(config, run, missing, options, progress)
-        options = Options(options.device, 1, False, options.logs)
+        options = replace(options, force=False)
+    elif options.team.size > 1:
+        for job in missing:
+            train_member(config, sets, options.team.told(job), options, progress, run)
+        options.team.told(None)
+        options.team.leave()
+        options = replace(options, force=False, team=ALONE)
     return {name: train_member(config, sets, job, options, progress, run) for name, job in jobs.items()}
+
+
+def help_train(config: TrainingConfig, run: Path, options: Options) -> dict[str, Any]:
+    """Trains what the first process of the team does, together with it."""
+    sets: Sequence[TrainingSet] | None = None
+    with disk_errors(run), only_our_words():
+        while (job := options.team.told(None)) is not None:
+            sets = sets or read_sets(config, run, replace(options, force=False), lambda *_: None, lambda line: None)
+            train_member(config, sets, job, options, lambda *_: None, run)
+    options.team.leave()
+    return {}
 
 
 def train_member(
@@ -282,7 +292,7 @@ def train_member(
     """Trains one member."""
     from embeddings.training.monitor import scorer
 
-    done = job.out.exists() and not options.force
+    watches = (options.force or not job.out.exists()) and not options.team.rank
 
     def listeners() -> list[Sink]:
         return sinks(options.logs, run, job.name)
@@ -294,9 +304,10 @@ def train_member(
         lambda: open_backbone(config, options.device, job.seed),
         force=options.force,
         progress=progress,
-        evaluate=scorer(config.evaluate, options.device) if config.evaluate and not done else None,
+        evaluate=scorer(config.evaluate, options.device) if watches and config.evaluate else None,
         sinks=listeners,
         content={"base": config.model.path, "config": config.plain(), "device": options.device},
+        team=options.team,
     )
 
 

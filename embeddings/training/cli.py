@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from merging.cli import DryRun, Json
 
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; cuda gives each worker a GPU of its own.")]
+if TYPE_CHECKING:
+    from embeddings.training.options import Options
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; cuda gives each process a GPU of its own.")]
 Seed = Annotated[
     Optional[int], typer.Option(min=0, max=2**32 - 1, help="Instead of the configuration's.", show_default=False)
 ]
-Workers = Annotated[int, typer.Option(min=1, help="Members trained side by side.")]
+Workers = Annotated[
+    str,
+    typer.Option(
+        help="Members trained side by side; ray, or ray:4: as tasks of Ray.",
+        metavar="N",
+        callback=lambda text: _check_workers(text),
+    ),
+]
+Processes = Annotated[int, typer.Option(min=1, help="That train one model together, on a GPU each.")]
 Log = Annotated[Optional[list[str]], typer.Option(help="Also to tensorboard or wandb.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Train again what is there.")]
 
@@ -29,15 +42,14 @@ def train(
     run: Annotated[Path, typer.Argument(help="The run's folder; what is in it is not made again.", readable=False)],
     device: Device = "cpu",
     seed: Seed = None,
-    workers: Workers = 1,
+    workers: Workers = "1",
+    processes: Processes = 1,
     log: Log = None,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Train an embedding model, or several on bags of the data that are merged into one."""
-    from dataclasses import replace
-
     from embeddings.training import config as training_config
     from embeddings.training import metrics
     from merging.loading import wait_passively
@@ -50,14 +62,17 @@ def train(
     from merging.cli import finish, resumable, say
     from merging.progress import work_bars
 
-    options = bag.Options(device=device, workers=workers, force=force, logs=tuple(log or ()))
+    options = _options(device, workers, processes, force, log, dry_run)
+    if options is None:
+        return
     with work_bars() as progress, resumable(not (force or dry_run)):
         if dry_run:
             result = bag.plan(settings, run, options=options, progress=progress)
         else:
             result = bag.train_run(settings, run, options=options, progress=progress, note=say)
-    _tell(result, as_json)
-    finish(result, as_json)
+    if result:
+        _tell(result, as_json)
+        finish(result, as_json)
 
 
 def update(
@@ -71,6 +86,7 @@ def update(
     ] = None,
     device: Device = "cpu",
     seed: Seed = None,
+    processes: Processes = 1,
     log: Log = None,
     force: Force = False,
     dry_run: DryRun = False,
@@ -80,13 +96,15 @@ def update(
     from merging.loading import wait_passively
 
     wait_passively()
-    from embeddings.training import bag, metrics
+    from embeddings.training import metrics
     from embeddings.training.update import update_model
     from merging.cli import finish, resumable, say
     from merging.progress import work_bars
 
     metrics.refuse_unknown(log or ())
-    options = bag.Options(device=device, force=force, logs=tuple(log or ()))
+    options = _options(device, "1", processes, force, log, dry_run)
+    if options is None:
+        return
     with work_bars() as progress, resumable(not (force or dry_run)):
         result = update_model(
             model,
@@ -101,8 +119,34 @@ def update(
             progress=progress,
             note=say,
         )
-    _tell(result, as_json)
-    finish(result, as_json)
+    if result:
+        _tell(result, as_json)
+        finish(result, as_json)
+
+
+def _options(
+    device: str, workers: str, processes: int, force: bool, log: Optional[list[str]], dry_run: bool
+) -> Optional[Options]:
+    """How the run is carried out; None where another process of those that were launched tells what it would do."""
+    import os
+
+    from embeddings.training import team
+    from embeddings.training.options import Options
+
+    count = int(workers.removeprefix("ray").lstrip(":") or 0)
+    options = Options(device, count, force, tuple(log or ()), processes, ray=workers.startswith("ray"))
+    if not team.is_launched():
+        return options
+    if dry_run:
+        return options if os.environ["RANK"] == "0" else None
+    ours, own = team.join_launched(device)
+    return replace(options, team=ours, device=own)
+
+
+def _check_workers(text: str) -> str:
+    if not re.fullmatch(r"ray|(ray:)?[1-9][0-9]{0,3}", text):
+        raise typer.BadParameter(f"'{text}' is no number from 1, ray, or ray:4")
+    return text
 
 
 def _tell(result: dict[str, Any], as_json: bool) -> None:

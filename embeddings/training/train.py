@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from embeddings.training.config import TrainingConfig
 from embeddings.training.data import TrainingSet
 from embeddings.training.metrics import Metrics, Sink, last_loss
 from embeddings.training.schedule import Part, Schedule
+from embeddings.training.team import ALONE, Team
 from merging import lineage
 from merging.errors import CuveeError
 from merging.output import staged
@@ -108,6 +110,7 @@ def train(
     evaluate: Evaluate | None = None,
     sinks: Callable[[], Sequence[Sink]] = tuple,
     content: Mapping[str, Any] | None = None,
+    team: Team = ALONE,
 ) -> Trained:
     """Trains a model and writes it to `job.out`, unless that was done already; a checkpoint is gone on from.
 
@@ -117,6 +120,7 @@ def train(
         evaluate: called every `config.evaluate.every` steps.
         sinks: who is told of the metrics besides the file; asked when training begins.
         content: of cuvee.json besides what is known here.
+        team: of processes that call this with the same; the first of them writes.
 
     Raises:
         CuveeError: the folder holds a model made otherwise, a setting that cannot be, or a loss that is not finite.
@@ -131,14 +135,16 @@ def train(
     losses = objectives(config, sets)
     backbone = open_backbone()
     optimizer = _optimizer(backbone, config)
-    state = checkpointing.load(job.work / "checkpoint", backbone, optimizer) if not force else None
+    state = _checkpoint(job, backbone, optimizer, team) if not force else None
     if state is not None and state["made_by"] != made_by:
         mend = "choose another folder, or add --force to begin anew"
         raise CuveeError("holds the checkpoint of another training", where=str(job.work), mend=mend)
     state = state or {"step": 0, "rows": 0, "seconds": 0.0, "made_by": made_by}
-    metrics = Metrics(job.work / METRICS, from_step=state["step"], sinks=sinks())
-    session = _Session(config, sets, losses, plan, job, backbone, optimizer, metrics, progress, evaluate)
+    metrics = Metrics(job.work / METRICS, from_step=state["step"], sinks=sinks()) if not team.rank else None
+    session = _Session(config, sets, losses, plan, job, backbone, optimizer, metrics, progress, evaluate, team)
     done = session.run(state)
+    if team.rank:
+        return done
     with staged(job.out, force=force) as staging:
         backbone.save(staging)
         shutil.copyfile(job.work / METRICS, staging / METRICS)
@@ -160,15 +166,16 @@ class _Session:
     job: Job
     backbone: Backbone
     optimizer: torch.optim.Optimizer
-    metrics: Metrics
+    metrics: Metrics | None
     progress: Work
     evaluate: Evaluate | None
+    team: Team
 
     def run(self, state: dict[str, Any]) -> Trained:
         config, total = self.config, len(self.plan)
-        compute = step.loss_and_gradient
+        compute = partial(step.loss_and_gradient, team=self.team)
         if config.schedule == "mgs":
-            compute = partial(step.surgical_loss_and_gradient, tasks=self.plan.corpus.tasks)
+            compute = partial(step.surgical_loss_and_gradient, tasks=self.plan.corpus.tasks, team=self.team)
         earlier, began, window = state["seconds"], time.perf_counter(), _Window(state.get("window"))
         rows = state["rows"]
         self.backbone.transformer.train()
@@ -180,23 +187,23 @@ class _Session:
             loss, parts = compute(self.backbone, batch, self.objectives, seed=seed, cache_tokens=config.gradient_cache)
             names = [self.sets[part.dataset].name for part in batch.parts]
             norm = self._update(number)
-            self._refuse_not_finite(float(loss), norm, names, number)
+            if not self.team.rank:
+                self._refuse_not_finite(float(loss), norm, names, number)
             rows += batch.rows
             window.add(float(loss), parts, names, batch.rows)
             done, seconds = number + 1, earlier + time.perf_counter() - began
             if done % LOG_EVERY == 0 or done == total:
-                self.metrics.write(
-                    {"step": done, **window.line(), "grad_norm": norm, "learning_rate": self._rate(number)}
-                )
+                self._tell({"step": done, **window.line(), "grad_norm": norm, "learning_rate": self._rate(number)})
                 window = _Window()
             self._evaluate(done)
-            if config.save_every and done % config.save_every == 0 and done < total:
+            if config.save_every and done % config.save_every == 0 and done < total and not self.team.rank:
                 state |= {"step": done, "rows": rows, "seconds": seconds, "window": window.state()}
                 checkpointing.save(self.job.work / "checkpoint", self.backbone, self.optimizer, state)
         self.progress(f"train {self.job.name}", total, total)
         self.backbone.transformer.eval()
         seconds = earlier + time.perf_counter() - began
-        return Trained(total, rows, seconds, last_loss(self.job.work / METRICS, _LAST))
+        loss = nan if self.team.rank else last_loss(self.job.work / METRICS, _LAST)
+        return Trained(total, rows, seconds, loss)
 
     def _rows_of(self, parts: Sequence[Part]) -> tuple[Part, ...]:
         """The schedule counts rows of the bag; the sets those of the data."""
@@ -218,11 +225,17 @@ class _Session:
 
     def _evaluate(self, done: int) -> None:
         settings = self.config.evaluate
-        if self.evaluate is None or settings is None or not (done % settings.every == 0 or done == len(self.plan)):
+        if self.team.rank or self.evaluate is None or settings is None:
+            return
+        if not (done % settings.every == 0 or done == len(self.plan)):
             return
         self.backbone.transformer.eval()
-        self.metrics.write({"step": done, "scores": dict(self.evaluate(self.backbone))})
+        self._tell({"step": done, "scores": dict(self.evaluate(self.backbone))})
         self.backbone.transformer.train()
+
+    def _tell(self, line: Mapping[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(line)
 
     def _refuse_not_finite(self, loss: float, norm: float, names: Sequence[str], number: int) -> None:
         if not (np.isfinite(loss) and np.isfinite(norm)):
@@ -263,6 +276,17 @@ class _Window:
             "losses": {name: round(float(np.mean(own)), 6) for name, own in self._by_set.items()},
             "pairs_per_second": round(self._rows / (time.perf_counter() - self._began), 2),
         }
+
+
+def _checkpoint(job: Job, backbone: Backbone, optimizer: torch.optim.Optimizer, team: Team) -> dict[str, Any] | None:
+    """The state that a job's checkpoint was left in, put back in every process; the first one looks first."""
+    folder = job.work / "checkpoint"
+    mine = checkpointing.load(folder, backbone, optimizer) if not team.rank else None
+    state = team.told(mine)
+    if team.rank and state is not None and checkpointing.load(folder, backbone, optimizer) != state:
+        mend = "put the run's folder on a disk that all of them share"
+        raise CuveeError("is another one for the first process", where=str(folder), mend=mend)
+    return state
 
 
 def rate(number: int, steps: int, peak: float, warmup: float) -> float:

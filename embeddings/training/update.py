@@ -21,6 +21,7 @@ from embeddings.training import bag
 from embeddings.training import config as training_config
 from embeddings.training.config import DataSettings, TrainingConfig
 from embeddings.training.data import TrainingSet
+from embeddings.training.options import refuse_device
 from embeddings.training.train import Job
 from merging import lineage
 from merging.errors import CuveeError
@@ -85,6 +86,9 @@ def update_model(
     progress, note = progress or (lambda what, done, total: None), note or (lambda line: None)
     past = read_past(model, base, core, config)
     settings = _settings(past, training_config.data_settings(data), seed)
+    refuse_device(options)
+    if options.team.rank:
+        return bag.help_train(settings, out, options)
     updates = _identity(past.model)
     bag.check_claim(out, "update", settings, force=options.force, more={"updates": updates})
     if dry_run:
@@ -102,7 +106,7 @@ def update_model(
         bag.claim(out, "update", settings, force=options.force, more={"updates": updates})
         sets = bag.read_sets(settings, out, options, progress, note)
         job = _job(sets, settings, out, past)
-        done = bag.train_member(settings, sets, job, options, progress, out)
+        done = bag.train_jobs(settings, sets, {_UPDATE: job}, out, options, progress)[_UPDATE]
         old = _names_of(past.core)
         new = [each for each in sets if each.name not in old]
         if past.percent and (options.force or not (out / bag.CORE / "data.yml").is_file()):

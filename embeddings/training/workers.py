@@ -1,14 +1,15 @@
-"""Members trained side by side: processes of their own, each on its share of the cores, or on a GPU of its own."""
+"""Members trained side by side, each in a process of its own or in several: shares of the cores, or GPUs of their own."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -16,73 +17,86 @@ from typing import TYPE_CHECKING, Any
 
 from embeddings.training.config import TrainingConfig
 from embeddings.training.disk import disk_errors
+from embeddings.training.team import LostError, join
 from merging.engine import default_threads
 from merging.errors import CuveeError
 
 if TYPE_CHECKING:
-    from embeddings.training.bag import Options
+    from embeddings.training.options import Options
+    from embeddings.training.train import Job
     from merging.progress import Work
+
+_LAST_WORDS = 10.0  # seconds in which the run hears why a process ended, before others tell that they miss it
 
 
 def train_side_by_side(
-    config: TrainingConfig, run: Path, names: Sequence[str], options: Options, progress: Work
+    config: TrainingConfig, run: Path, jobs: Sequence[Job], options: Options, progress: Work
 ) -> None:
-    """Trains the members named, so many at a time as there are workers.
+    """Trains the jobs, so many at a time as there are workers, each in so many processes.
 
     Raises:
-        CuveeError: of the first member that fails; the others are stopped, and go on from their checkpoints next time.
+        CuveeError: of the first process that fails; the others are stopped, and go on from their checkpoints next time.
     """
     context = multiprocessing.get_context("spawn")
-    workers = min(options.workers, len(names))
-    threads = _threads(workers)
-    waiting, running = list(names), dict[Connection, tuple[SpawnProcess, int]]()
-    free = list(range(workers))
+    workers = min(options.workers, len(jobs))
+    threads = _threads(workers * options.processes)
+    waiting, running = list(jobs), dict[Connection, tuple[SpawnProcess, int]]()
+    with tempfile.TemporaryDirectory() as meetings:
+        try:
+            while waiting or running:
+                busy = {slot for _, slot in running.values()}
+                for slot in [slot for slot in range(workers) if slot not in busy][: len(waiting)]:
+                    job = waiting.pop(0)
+                    for rank in range(options.processes):
+                        ours, theirs = context.Pipe(duplex=False)
+                        settings = replace(options, device=_device(options, slot, rank))
+                        place = _Place(rank, f"file://{meetings}/{job.name}", threads)
+                        arguments = (config, run, job, settings, place, theirs)
+                        process = context.Process(target=_work, name=job.name, args=arguments)
+                        process.start()
+                        theirs.close()
+                        running[ours] = process, slot
+                for ready in wait(list(running)):
+                    assert isinstance(ready, Connection)
+                    _hear(ready, running, progress)
+        finally:
+            for process, _ in running.values():
+                process.terminate()
+            for process, _ in running.values():
+                process.join()
+
+
+def _hear(ready: Connection, running: dict[Connection, tuple[SpawnProcess, int]], progress: Work) -> None:
+    """One message of a process, or its end."""
     try:
-        while waiting or running:
-            while waiting and free:
-                slot, name = free.pop(0), waiting.pop(0)
-                ours, theirs = context.Pipe(duplex=False)
-                settings = replace(options, workers=1, device=_device(options.device, slot))
-                process = context.Process(target=_work, name=name, args=(config, run, name, settings, threads, theirs))
-                process.start()
-                theirs.close()
-                running[ours] = process, slot
-            for ready in wait(list(running)):
-                assert isinstance(ready, Connection)
-                try:
-                    message = ready.recv()
-                except EOFError:
-                    process, slot = running.pop(ready)
-                    process.join()
-                    free.append(slot)
-                    if process.exitcode:
-                        mend = "train it again: it goes on from its checkpoint"
-                        what = f"the worker ended with status {process.exitcode}"
-                        raise CuveeError(what, where=process.name, mend=mend) from None
-                    continue
-                if isinstance(message, CuveeError):
-                    raise message
-                progress(*message)
-    finally:
-        for process, _ in running.values():
-            process.terminate()
-            process.join()
+        message = ready.recv()
+    except EOFError:
+        process, _ = running.pop(ready)
+        process.join()
+        if process.exitcode:
+            mend = "train it again: it goes on from its checkpoint"
+            what = f"the worker ended with status {process.exitcode}"
+            raise CuveeError(what, where=process.name, mend=mend) from None
+        return
+    if isinstance(message, CuveeError):
+        raise message
+    progress(*message)
 
 
-def _device(device: str, slot: int) -> str:
-    """A GPU for each worker."""
-    if device != "cuda":
-        return device
+def _device(options: Options, slot: int, rank: int) -> str:
+    """A GPU for each process."""
+    if options.device != "cuda":
+        return options.device
     import torch
 
-    return f"cuda:{slot % max(1, torch.cuda.device_count())}"
+    return f"cuda:{(slot * options.processes + rank) % max(1, torch.cuda.device_count())}"
 
 
-def _threads(workers: int) -> int:
-    """Of each worker: its share of the cores, and no more than the user allows one process."""
+def _threads(processes: int) -> int:
+    """Of each process: its share of the cores, and no more than the user allows one process."""
     import torch
 
-    return max(1, min(int(torch.get_num_threads()), default_threads() // workers))
+    return max(1, min(int(torch.get_num_threads()), default_threads() // processes))
 
 
 def _die_with_parent() -> None:
@@ -97,7 +111,20 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(config: TrainingConfig, run: Path, name: str, options: Options, threads: int, report: Any) -> None:
+@dataclass(frozen=True)
+class _Place:
+    """One process among those that train a member.
+
+    Attributes:
+        meeting: a URL where they find each other.
+    """
+
+    rank: int
+    meeting: str
+    threads: int
+
+
+def _work(config: TrainingConfig, run: Path, job: Job, options: Options, place: _Place, report: Any) -> None:
     from embeddings.training import bag
     from merging.loading import only_our_words, wait_passively
 
@@ -106,11 +133,11 @@ def _work(config: TrainingConfig, run: Path, name: str, options: Options, thread
     wait_passively()
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(place.threads)
     told = [0.0]
 
     def progress(what: str, done: int, total: int) -> None:
-        if done >= total or time.monotonic() - told[0] > 1:
+        if not place.rank and (done >= total or time.monotonic() - told[0] > 1):
             told[0] = time.monotonic()
             report.send((what, done, total))
 
@@ -120,8 +147,14 @@ def _work(config: TrainingConfig, run: Path, name: str, options: Options, thread
     try:
         with disk_errors(run), only_our_words():
             sets = bag.read_sets(config, run, replace(options, force=False), silent, silent)  # what the run has read
-            job = bag.jobs_by_name(config, sets, run)[name]
+            if options.processes > 1:
+                team = join(place.rank, options.processes, options.device, place.meeting)
+                options = replace(options, team=team)
             bag.train_member(config, sets, job, options, progress, run)
+            options.team.leave()
+    except LostError as error:
+        time.sleep(_LAST_WORDS)  # the lost one's own are the better ones
+        report.send(error)
     except CuveeError as error:
         report.send(error)
     finally:
