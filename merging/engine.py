@@ -122,7 +122,7 @@ def merge(
         return {**summary, "digest": written, "cuvee_version": lineage.cuvee_version()}
     finally:
         for view in views.all:
-            view.checkpoint.close()
+            view.close()
 
 
 def merge_text(text: str, out: str | Path, *, where: str = "recipe", **options: Any) -> dict[str, Any]:

@@ -108,6 +108,12 @@ class View:
         """
         return of_folder(self.statistics, info.name, info.shape) if self.statistics else None
 
+    def close(self) -> None:
+        """Closes its files."""
+        self.checkpoint.close()
+        if self.statistics:
+            self.statistics.close()
+
     def digest(self) -> str:
         """Digest of the weights as stored, an adapter's file included; tensors read already are not read again."""
         known = {name: d for name, d in self.digests.items() if name in self.checkpoint.tensors}

@@ -20,7 +20,7 @@ from tests.checkpoints import floats, read_model, some, write_model
 from tests.commands import ROOT, code_blocks, environment
 
 DOC = ROOT / "docs" / "adding-a-method.md"
-NAMES = ("unanimous", "balanced", "trimmed_sum")
+NAMES = ("unanimous", "balanced", "trimmed_sum", "salient_sum")
 
 
 @pytest.fixture
@@ -69,6 +69,19 @@ def test_trimmed_sum_keeps_the_largest_of_the_sum() -> None:
     total = sum(model.astype("f8") - base for model in models)
     largest = np.abs(total) >= np.sort(np.abs(total), axis=None)[-300]
     np.testing.assert_allclose(merged, base + np.where(largest, total, 0), atol=1e-6)
+
+
+@pytest.mark.usefixtures("my_methods")
+def test_salient_sum_keeps_what_matters_most() -> None:
+    base, models = family()
+    moments = [np.abs(some((1, 40), seed)) for seed in (5, 6)]
+    merged = merging.apply("salient_sum", base, models, statistics=moments, density=0.25)
+    truth = base.astype("f8")
+    for model, own in zip(models, moments, strict=True):
+        tau = model - base
+        saliency = 0.5 * own.astype("f8") * tau.astype("f8") ** 2
+        truth += np.where(saliency >= np.sort(saliency, axis=None)[-300], tau, 0)
+    np.testing.assert_allclose(merged, truth, atol=1e-6)
 
 
 @pytest.mark.usefixtures("my_methods")

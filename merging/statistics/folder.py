@@ -96,6 +96,11 @@ class Statistics:
         flat = np.frombuffer(self._map, "<f4", info.numel, info.offset) if info.numel else np.empty(0, np.float32)
         return flat.reshape(info.shape)
 
+    def close(self) -> None:
+        """Closes the file that `read` has opened; it may be read again."""
+        if "_file" in self.__dict__:
+            self._file.close()
+
     @cached_property
     def digest(self) -> str:
         """Of the values, for lineages."""

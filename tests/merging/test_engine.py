@@ -34,6 +34,7 @@ from tests.checkpoints import (
     write_shards,
 )
 from tests.commands import Finished, run
+from tests.handmade_statistics import write_stats
 
 pytest.importorskip("safetensors")
 
@@ -415,3 +416,22 @@ def test_memory_grows_neither_with_the_largest_tensor_nor_with_the_models(
     small, large = anonymous(sparse(tmp_path, 3 if count > 2 else 2, 1)), anonymous(sparse(tmp_path, count, rows))
     assert large < 1 << 30
     assert large - small < 32 << 20
+
+
+@pytest.mark.parametrize(("method", "bytes_an_element"), [("fisher", 0), ("obim", 1)])  # whose it is
+def test_memory_grows_neither_with_statistics(method: str, bytes_an_element: int, tmp_path: Path) -> None:
+    rows = 1 << 12  # 32 MiB, and statistics of 64
+
+    def anonymous(models: list[Path], rows: int) -> int:
+        zeros = np.zeros((rows, 4096), np.float32)
+        entries = [
+            {"model": str(model), "stats": str(write_stats(Path(f"{model}-stats"), model, "fisher", {"w": zeros}).path)}
+            for model in models[1:]
+        ]
+        base = {} if method == "fisher" else {"base_model": str(models[0])}
+        recipe = tmp_path / "r.yml"
+        recipe.write_text(json.dumps({"merge_method": method, "models": entries, **base}))
+        return done(run("merge", recipe, tmp_path / "out", "--force", "--threads", 2, watch_memory=True)).anonymous
+
+    small, large = anonymous(sparse(tmp_path, 3, 1), 1), anonymous(sparse(tmp_path, 3, rows), rows)
+    assert large - small < (32 << 20) + bytes_an_element * rows * 4096
