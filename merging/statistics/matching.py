@@ -7,9 +7,10 @@ one whose name is most like its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _BLOCK = 1 << 20  # elements compared at a time
 _FIRST = 256  # elements that tell most tensors apart
+_PARTS = re.compile(r"[^./]+[./]?")
+_CORNER = 8  # elements that a matrix is looked up by
 
 
 @dataclass(frozen=True)
@@ -62,46 +65,108 @@ def match(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, tied: Mappin
         parameters: on the processor, in whatever floating dtype the file's values were rounded to.
         tied: second names of parameters, and which of `parameters` they are.
     """
-    by_shape: dict[tuple[int, ...], dict[str, TensorInfo]] = {}
-    for name, info in checkpoint.tensors.items():
-        if info.dtype in FLOATING:
-            by_shape.setdefault(info.shape, {})[name] = info
-
-    def take(name: str, parameter: Tensor) -> str | None:
-        candidates = by_shape.get(tuple(parameter.shape), {})
-        found = next(
-            (own for own in _likeliest(name, candidates) if _equal(parameter, checkpoint, candidates[own])), None
-        )
-        if found is not None:
-            del candidates[found]
-        return found
-
-    names = {name: found for name, own in parameters.items() if (found := take(name, own)) is not None}
+    left = _Left(checkpoint)
+    names = {name: found for name, own in parameters.items() if (found := left.take(name, own)) is not None}
     pieces: dict[str, tuple[Piece, ...]] = {}
     for second, first in (tied or {}).items():
-        if first in names and (found := take(second, parameters[first])) is not None:
+        if first in names and (found := left.take(second, parameters[first])) is not None:
             pieces[first] = (*pieces.get(first, ()), Piece(found))
-    left = {name: info for own in by_shape.values() for name, info in own.items()}
     for name, parameter in parameters.items():
-        if name not in names and parameter.dim() > 1 and (parts := _assembled(parameter, checkpoint, left)):
+        if name not in names and (parts := _assembled(parameter, left)):
             pieces[name] = parts
-            for part in parts:
-                del left[part.name]
     return Matches(names, pieces)
 
 
-def _assembled(parameter: Tensor, checkpoint: Checkpoint, left: Mapping[str, TensorInfo]) -> tuple[Piece, ...]:
+class _Left:
+    """The stored tensors that belong to no parameter yet."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._by_shape: dict[tuple[int, ...], dict[str, TensorInfo]] = {}
+        for name, info in checkpoint.tensors.items():
+            if info.dtype in FLOATING:
+                self._by_shape.setdefault(info.shape, {})[name] = info
+        self._renamed: dict[tuple[str, str], None] = {}  # beginnings that loading has replaced, so far
+        self._corners: dict[tuple[int, bytes], list[TensorInfo]] = {}
+        self._corners_dtype: Any = None
+
+    def take(self, name: str, parameter: Tensor) -> str | None:
+        """The stored tensor that the parameter is."""
+        candidates = self._by_shape.get(tuple(parameter.shape), {})
+        for own in self._likeliest(name, candidates):
+            if _equal(parameter, self._checkpoint, candidates[own]):
+                del candidates[own]
+                self._renamed[_beginnings(name, own)] = None
+                return own
+        return None
+
+    def take_corner(self, matrix: Tensor, axis: int, turned: bool) -> TensorInfo | None:
+        """The stored matrix, or its transpose, with which `matrix` begins along that axis."""
+        for info in self._of_corner(matrix.T if turned else matrix):
+            shape = info.shape[::-1] if turned else info.shape
+            if shape[axis] > matrix.shape[axis] or shape[1 - axis] != matrix.shape[1 - axis]:
+                continue
+            own = matrix.narrow(axis, 0, shape[axis])
+            candidates = self._by_shape[info.shape]
+            if info.name in candidates and _equal(own.T if turned else own, self._checkpoint, info):
+                del candidates[info.name]
+                return info
+        return None
+
+    def give_back(self, info: TensorInfo) -> None:
+        self._by_shape[info.shape][info.name] = info
+
+    def _likeliest(self, name: str, candidates: Mapping[str, TensorInfo]) -> Iterator[str]:
+        """Its name as other names were changed before; then the rest, the most alike first."""
+        tried = set()
+        for ours, theirs in self._renamed:
+            own = theirs + name[len(ours) :] if name.startswith(ours) else ""
+            if own in candidates and own not in tried:
+                tried.add(own)
+                yield own
+        yield from (own for own in _likeliest(name, candidates) if own not in tried)
+
+    def _of_corner(self, matrix: Tensor) -> Iterator[TensorInfo]:
+        if self._corners_dtype != matrix.dtype:
+            self._corners_dtype = matrix.dtype
+            self._corners.clear()
+            for own in self._by_shape.values():
+                for info in own.values():
+                    if len(info.shape) == 2 and info.numel:
+                        size = min(_CORNER, info.shape[1])
+                        key = _bytes(_read(self._checkpoint, info, 0, size).to(matrix.dtype))
+                        self._corners.setdefault((size, key), []).append(info)
+        for size in range(min(_CORNER, matrix.shape[1]), 0, -1):
+            yield from self._corners.get((size, _bytes(matrix[0, :size])), ())
+
+
+def _beginnings(ours: str, theirs: str) -> tuple[str, str]:
+    """What two names begin with, without the parts that their ends have in common."""
+    own, other = _PARTS.findall(ours), _PARTS.findall(theirs)
+    while own and other and own[-1].rstrip("./") == other[-1].rstrip("./"):
+        own.pop()
+        other.pop()
+    return "".join(own), "".join(other)
+
+
+def _bytes(values: Tensor) -> bytes:
+    return bytes(values.detach().float().contiguous().numpy().tobytes())
+
+
+def _assembled(parameter: Tensor, left: _Left) -> tuple[Piece, ...]:
     """The stored matrices that a parameter was put together from, one after another along either axis; () for none."""
+    if parameter.dim() not in (2, 3):
+        return ()
+    taken: list[TensorInfo] = []
     found: list[Piece] = []
     for place in range(len(parameter)) if parameter.dim() == 3 else (None,):
-        matrix = parameter if place is None else parameter[place]
-        if matrix.dim() != 2:
-            return ()
-        used = {piece.name for piece in found}
-        parts = next((p for way in _WAYS if (p := _side_by_side(matrix, checkpoint, left, used, *way))), None)
+        matrix = parameter.detach() if place is None else parameter.detach()[place]
+        parts = next((own for way in _WAYS if (own := _side_by_side(matrix, left, taken, *way))), None)
         if parts is None:
+            for info in taken:
+                left.give_back(info)
             return ()
-        found += [Piece(p.name, p.part if place is None else (place, *p.part), p.turned) for p in parts]
+        found += [Piece(own.name, own.part if place is None else (place, *own.part), own.turned) for own in parts]
     return tuple(found)
 
 
@@ -109,27 +174,23 @@ def _assembled(parameter: Tensor, checkpoint: Checkpoint, left: Mapping[str, Ten
 _WAYS = ((0, False), (0, True), (1, False), (1, True))
 
 
-def _side_by_side(
-    matrix: Tensor, checkpoint: Checkpoint, left: Mapping[str, TensorInfo], used: set[str], axis: int, turned: bool
-) -> list[Piece] | None:
+def _side_by_side(matrix: Tensor, left: _Left, taken: list[TensorInfo], axis: int, turned: bool) -> list[Piece] | None:
+    own: list[TensorInfo] = []
     found: list[Piece] = []
     start = 0
     while start < matrix.shape[axis]:
         rest = matrix.narrow(axis, start, matrix.shape[axis] - start)
-        for name, info in left.items():
-            shape = info.shape[::-1] if turned else info.shape
-            fits = len(shape) == 2 and shape[axis] <= rest.shape[axis] and shape[1 - axis] == rest.shape[1 - axis]
-            if not fits or name in used:
-                continue
-            own = rest.narrow(axis, 0, shape[axis])
-            if _equal(own.T if turned else own, checkpoint, info):
-                part = slice(start, start + shape[axis])
-                found.append(Piece(name, (part,) if axis == 0 else (slice(None), part), turned))
-                used = used | {name}
-                start += shape[axis]
-                break
-        else:
+        info = left.take_corner(rest, axis, turned)
+        if info is None:
+            for each in own:
+                left.give_back(each)
             return None
+        own.append(info)
+        stop = start + info.shape[1 - axis if turned else axis]
+        part = slice(start, stop)
+        found.append(Piece(info.name, (part,) if axis == 0 else (slice(None), part), turned))
+        start = stop
+    taken += own
     return found
 
 
