@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
@@ -30,6 +30,7 @@ from merging.views import FileTensor, same_bytes
 Progress = Callable[[int, int], None]
 _DEVICE_CACHE_BYTES = 256 << 20  # a chunk of all models on a GPU: large enough to hide the launch of its kernels
 _BLOCK = 1 << 20
+_T = TypeVar("_T")
 
 
 class Execution:
@@ -83,8 +84,8 @@ class Execution:
             for (text, of_all), names in self._notes.items()
         )
 
-    def _each(self, steps: Sequence[Step], work: Callable[[Step], None]) -> None:
-        """Runs `work` on every step; the first error stops the others and is raised."""
+    def _each(self, steps: Sequence[_T], work: Callable[[_T], None]) -> None:
+        """Runs `work` on every step, or part of one; the first error stops the others and is raised."""
         remaining = iter(steps)
         begin = threading.Event()  # once all workers are known to the pool, which waits for no other
 

@@ -102,12 +102,15 @@ class Chunk:
 class Final:
     """The last pass: `run` turns a chunk, made of whole rows of `columns` elements, into its merged values.
 
-    `statistics`: whether the chunks come with the models' statistics.
+    `statistics`: whether the chunks come with the models' statistics. `factors` (k,), where all that `run` does is a weighted
+    sum: Σ factorsᵢθᵢ, or θ₀ + Σ factorsᵢτᵢ (`of_deltas`); whoever holds the models in memory may then take it in one pass.
     """
 
     run: Callable[[Chunk], Values]
     columns: int = 1
     statistics: bool = False
+    factors: Values = None
+    of_deltas: bool = False
 
 
 @dataclass(frozen=True)
@@ -301,7 +304,7 @@ class Inputs:
             self.kernels.combine(factors, chunk.models, chunk.out)
             return chunk.out
 
-        return Final(run)
+        return Final(run, factors=factors)
 
     def add_deltas(self, weights: Sequence[float]) -> Final:
         """θ₀ + Σ wᵢτᵢ."""
@@ -312,7 +315,7 @@ class Inputs:
             chunk.out += chunk.base
             return chunk.out
 
-        return Final(run)
+        return Final(run, factors=factors, of_deltas=True)
 
     def map(self, formula: Callable[..., Values]) -> Final:
         """Elementwise: `formula(xp, base, models)`, base (n,) or None and models (k, n), in numpy or torch alike (`xp`)."""

@@ -36,7 +36,7 @@ from merging.kernels.reference import (
 )
 
 __all__ = [
-    "cholesky", "claim", "combine", "drop", "drop_above", "drop_by_rank", "drop_owned", "elect", "empty",
+    "blend", "blend_deltas", "cholesky", "claim", "combine", "drop", "drop_above", "drop_by_rank", "drop_owned", "elect", "empty",
     "fine_histogram", "finite", "gram", "histogram", "host_buffer", "keep_above", "keep_largest_in_rows", "keep_where",
     "l1", "load", "narrow", "no_owners", "on_host", "row_gram", "saliency", "select", "sign_counts", "solve",
     "split_ties", "store", "take", "to_host", "uniform_bits", "vector", "weigh", "wide", "xp",
@@ -118,6 +118,72 @@ def combine(weights, values, out):
             row, w = values[k, start : start + _LANE], weights[k]
             for i in range(block.size):
                 block[i] += row[i] * w
+
+
+@_compile(boolean(float32[::1], float32[:, ::1], float32[::1], boolean, int64, float32[::1], uint32[::1]))
+def _blend(factors, models, base, of_deltas, start, out, bits):
+    top = np.uint32(0)
+    for first in range(0, out.size, _LANE):
+        block, own = out[first : first + _LANE], bits[first : first + _LANE]
+        begin = start + first
+        if of_deltas:
+            origin, row, factor = base[begin : begin + _LANE], models[0, begin : begin + _LANE], factors[0]
+            for i in range(block.size):
+                block[i] = (row[i] - origin[i]) * factor
+            for k in range(1, factors.size):
+                row, factor = models[k, begin : begin + _LANE], factors[k]
+                for i in range(block.size):
+                    block[i] += (row[i] - origin[i]) * factor
+            for i in range(block.size):
+                block[i] += origin[i]
+        else:
+            row, factor = models[0, begin : begin + _LANE], factors[0]
+            for i in range(block.size):
+                block[i] = row[i] * factor
+            for k in range(1, factors.size):
+                row, factor = models[k, begin : begin + _LANE], factors[k]
+                for i in range(block.size):
+                    block[i] += row[i] * factor
+        for i in range(own.size):
+            top = max(top, np.uint32(own[i] & np.uint32(0x7FFFFFFF)))
+    return top < 0x7F800000
+
+
+@_compile(boolean(float32[::1], uint16[:, ::1], float32[::1], float32, int64, float32[::1], uint32[::1]))
+def _blend_bf16(factors, deltas, base, scale, start, out, bits):
+    wide = np.empty(_LANE, np.uint32)
+    values = wide.view(np.float32)
+    top = np.uint32(0)
+    for first in range(0, out.size, _LANE):
+        block, own = out[first : first + _LANE], bits[first : first + _LANE]
+        begin = start + first
+        for k in range(factors.size):
+            row, factor = deltas[k, begin : begin + _LANE], factors[k]
+            for i in range(block.size):
+                wide[i] = np.uint32(row[i]) << np.uint32(16)
+            if k == 0:
+                for i in range(block.size):
+                    block[i] = values[i] * factor
+            else:
+                for i in range(block.size):
+                    block[i] += values[i] * factor
+        origin = base[begin : begin + _LANE]
+        for i in range(block.size):
+            block[i] += origin[i] * scale
+        for i in range(own.size):
+            top = max(top, np.uint32(own[i] & np.uint32(0x7FFFFFFF)))
+    return top < 0x7F800000
+
+
+def blend(factors: Floats, models: Floats, base: Floats | None, start: int, out: Floats) -> bool:
+    of_deltas = base is not None
+    return bool(_blend(factors, models, base if of_deltas else factors, of_deltas, start, out, out.view(np.uint32)))
+
+
+def blend_deltas(factors: Floats, deltas: NDArray[Any], base: Floats, scale: float, start: int, out: Floats) -> bool:
+    if deltas.dtype != np.uint16:
+        return reference.blend_deltas(factors, deltas, base, scale, start, out)
+    return bool(_blend_bf16(factors, deltas, base, np.float32(scale), start, out, out.view(np.uint32)))
 
 
 @_compile(float64[:, ::1](float32[:, ::1]), fastmath={"reassoc", "contract"})

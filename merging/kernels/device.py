@@ -101,6 +101,32 @@ class TorchKernels:
         for weight, row in zip(weights[1:], values[1:], strict=True):
             out += row * weight
 
+    def blend(
+        self, factors: torch.Tensor, models: torch.Tensor, base: torch.Tensor | None, start: int, out: torch.Tensor
+    ) -> bool:
+        """As `reference.blend`, but whoever calls looks for NaN and infinity, once for all: a look waits for the device."""
+        rows = models[:, start : start + len(out)]
+        if base is None:
+            torch.mv(rows.T, factors, out=out)
+        else:
+            origin = base[start : start + len(out)]
+            torch.addmv(origin, (rows - origin).T, factors, out=out)
+        return True
+
+    def blend_deltas(
+        self,
+        factors: torch.Tensor,
+        deltas: torch.Tensor,
+        base: torch.Tensor,
+        scale: float,
+        start: int,
+        out: torch.Tensor,
+    ) -> bool:
+        """As `reference.blend_deltas`, deltas float32 or bfloat16; not looked at either."""
+        rows = deltas[:, start : start + len(out)].float()
+        torch.addmv(base[start : start + len(out)], rows.T, factors, beta=scale, out=out)
+        return True
+
     def histogram(self, values: torch.Tensor, counts: NDArray[np.int64]) -> None:
         counts += self.to_host(torch.bincount((_bits(values) & MAGNITUDE) >> 16, minlength=1 << 15))
 

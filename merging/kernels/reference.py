@@ -98,6 +98,35 @@ def combine(weights: Floats, values: Floats, out: Floats) -> None:
         out += row * weight
 
 
+def blend(factors: Floats, models: Floats, base: Floats | None, start: int, out: Floats) -> bool:
+    """One pass for a whole weighted sum: Σ factors[k]·models[k], or with a base base + Σ factors[k]·(models[k] − base).
+
+    Adds as `combine` does, so both give the same bits. False if a result is NaN or infinite.
+
+    Args:
+        models, base: (k, N) and (N,); of both, elements start … start + n.
+        out: (n,), filled.
+    """
+    part = slice(start, start + len(out))
+    if base is None:
+        combine(factors, models[:, part], out)
+    else:
+        combine(factors, models[:, part] - base[part], out)
+        out += base[part]
+    return finite(out)
+
+
+def blend_deltas(factors: Floats, deltas: NDArray[Any], base: Floats, scale: float, start: int, out: Floats) -> bool:
+    """As `blend` from task vectors: scale·base + Σ factors[k]·deltas[k]. deltas (k, N) float32, or bfloat16 as uint16."""
+    part = slice(start, start + len(out))
+    rows = deltas[:, part]
+    if rows.dtype == np.uint16:
+        rows = np.left_shift(rows, np.uint32(16), dtype=np.uint32).view(np.float32)
+    combine(factors, rows, out)
+    out += base[part] * np.float32(scale)
+    return finite(out)
+
+
 def histogram(values: Floats, counts: NDArray[np.int64]) -> None:
     """Adds to `counts` (32768,) by the upper 15 bits of the magnitude."""
     counts += np.bincount((values.view(np.uint32) & MAGNITUDE) >> np.uint32(16), minlength=1 << 15)

@@ -1,0 +1,216 @@
+"""A merge that stays in memory: a new coefficient vector rewrites the model's weights in place, without touching the disk.
+
+What searches for coefficients asks for hundreds of merges of the same models; here each costs one pass over the weights
+instead of a checkpoint written and loaded. `recipe` says the same merge for `cuvee merge`: a float32 model then holds that
+merge's bits (on a GPU, with bfloat16 task vectors or with adapters its values but for rounding).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from merging import layers, methods, recipe_statistics
+from merging.checkpoint import Checkpoint
+from merging.engine import default_threads
+from merging.errors import CuveeError, MergeError
+from merging.live_recipe import Coefficients
+from merging.live_rewriting import Rewriting
+from merging.live_tensors import STORED, Storage
+from merging.loading import adapter_merged
+from merging.plan import Step, make_plan
+from merging.recipe import Recipe
+from merging.sources import ModelRef
+from merging.views import View
+
+if TYPE_CHECKING:
+    import torch
+
+Ref = ModelRef | str | os.PathLike[str]
+_UNUSED = ("pooler",)  # parts that a module may have without weights in its file, since nobody reads what they give
+
+
+class LiveMerge:
+    """Models held in memory, and a module whose weights become any merge of them.
+
+    Args:
+        module: loaded from `base`, and holding its weights; which parameter is which stored tensor is told by their values.
+            Parameters that share memory stay shared.
+        base: what the module was loaded from; the base of methods that have one.
+        models: those to merge, the base not among them; folders, hub ids, or either with a LoRA adapter. One on the same
+            base, with an adapter, is held as the adapter's factors.
+        method: of the registry.
+        parameters: of the method, that stay the same; as `set` takes them.
+        groups: from a stored tensor's name to its group (`merging.layers.group`, say); None: all in one.
+        dtype: in which models are held: "float32", or "bfloat16" for task vectors of half the size.
+        storage: "memory", or "mapped": a temporary file, for models larger than memory (CPU only).
+        device: that computes and, but for `mapped`, holds the models; the module may lie elsewhere.
+        stats: of each model, a folder of `cuvee stats`, for methods that take statistics.
+        seed: of random draws, as in `cuvee merge --seed`.
+        threads: workers; by default one a core.
+        backend: see `merging.kernels.load`.
+
+    Attributes:
+        models: how many.
+        groups: their names, in the order of the file; ("",) for one.
+        nbytes: held in memory, or in the file mapped to it.
+        notes: what the method had to say of the latest merge, a line each.
+
+    Raises:
+        CuveeError: models that do not fit, a module that does not hold the base's weights, statistics of others.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        base: Ref,
+        models: Sequence[Ref],
+        *,
+        method: str = "task_arithmetic",
+        parameters: Mapping[str, Any] | None = None,
+        groups: Callable[[str], str] | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        storage: Literal["memory", "mapped"] = "memory",
+        device: str = "cpu",
+        stats: Sequence[str | os.PathLike[str]] | None = None,
+        seed: int = 0,
+        threads: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        _refuse_choices(dtype, storage, device)
+        self._method = methods.get(method)
+        self._base, sources = _reference(base), [_reference(model) for model in models]
+        if stats is not None and len(stats) != len(sources):
+            raise MergeError(f"statistics of {len(stats)} models are given for {len(sources)}")
+        folders = None if stats is None else [os.path.abspath(folder) for folder in stats]
+        self.models = len(sources)
+        self._coefficients = Coefficients(self._method, self._base, sources, folders, parameters or {})
+        trial = self._coefficients.trial()
+        trial.check(self._method)
+        if len(trial.merged(self._method)) != self.models:
+            raise MergeError("the base is among the models", where=str(self._base), mend="list the others only")
+        views = [View.open(source) for source in sources]
+        base_view = View.open(self._base)
+        try:
+            recipe_statistics.attach(trial, self._method, views, Path(), relative_to=None, seed=seed, device="cpu")
+            has_base = self._method.base != "none"
+            plan = make_plan(trial, self._method, views, base_view if has_base else None)
+            if not has_base:
+                base_view.align(views[0].names())
+            merged = [step.name for step in plan.steps if self._complete(step)]
+            self.groups = self._coefficients.divide(merged, groups)
+            self._fractions = layers.fractions([step.name for step in plan.steps])
+            weights = _weights(module, self._base, base_view.checkpoint)
+            self._storage = Storage(storage)
+            self._rewriting = Rewriting(plan, seed, backend, device, threads or default_threads())
+            self._plan = self._rewriting.hold(base_view, weights, self._storage, dtype)
+            if any(view.statistics for view in views):
+                recipe_statistics.refuse_other_models(views, {str(view.ref): view.digest() for view in views})
+        finally:
+            for view in [*views, base_view]:
+                view.checkpoint.close()
+
+    @property
+    def nbytes(self) -> int:
+        return self._storage.nbytes
+
+    @property
+    def notes(self) -> list[str]:
+        return self._rewriting.notes
+
+    def set(self, coefficients: Mapping[str, Any]) -> None:
+        """Rewrites the module's weights as the merge with these parameters.
+
+        Args:
+            coefficients: parameters of the method by name: one value; for those that each model has its own of, one or a
+                list of one a model; or a mapping with such a value for every group.
+
+        Raises:
+            CuveeError: no such parameter, a value out of range, too few values; the weights are then as they were. A merge
+                that comes out infinite or NaN; they are then undefined until the next `set` or `reset`.
+        """
+        recipe = self._coefficients.recipe(coefficients)
+        recipe.check(self._method)
+        steps = [self._with_parameters(step, recipe) for step in self._plan.steps]
+        self._rewriting.rewrite(replace(self._plan, steps=tuple(steps)))
+
+    def reset(self) -> None:
+        """Gives the module the base's weights back."""
+        self._rewriting.reset()
+
+    def recipe(self, coefficients: Mapping[str, Any]) -> str:
+        """The YAML with which `cuvee merge` makes the same merge; local folders with their whole path.
+
+        Raises:
+            CuveeError: as `set`.
+        """
+        recipe = self._coefficients.recipe(coefficients)
+        recipe.check(self._method)
+        return recipe.to_yaml()
+
+    def _with_parameters(self, step: Step, recipe: Recipe) -> Step:
+        if step.action == "copy" or not self._complete(step):
+            return step
+        shared, per_model = recipe.values(self._method, step.name, self._fractions[step.name])
+        wanted = recipe.wants_statistics(self._method)
+        return replace(step, parameters=methods.keywords({**shared, **per_model}), statistics=wanted)
+
+    def _complete(self, step: Step) -> bool:
+        """Whether the method makes it: every model has that tensor."""
+        return len(step.models) == self.models and (self._method.base == "none" or step.base is not None)
+
+
+def _refuse_choices(dtype: str, storage: str, device: str) -> None:
+    for name, value, choices in (
+        ("dtype", dtype, ("float32", "bfloat16")),
+        ("storage", storage, ("memory", "mapped")),
+    ):
+        if value not in choices:
+            raise MergeError(f"'{value}' is no choice for '{name}'", mend=f"choose {' or '.join(choices)}")
+    if storage == "mapped" and device != "cpu":
+        raise MergeError("mapped models are merged on the CPU", where=f"device {device}", mend="set device='cpu'")
+
+
+def _reference(ref: Ref) -> ModelRef:
+    """With whole paths, so that it means the same model from any folder."""
+    found = ref if isinstance(ref, ModelRef) else ModelRef.parse(ref)
+
+    def whole(path: str) -> str:
+        local = os.path.expanduser(path)
+        return os.path.abspath(local) if os.path.exists(local) else path
+
+    return replace(found, path=whole(found.path), adapter=whole(found.adapter) if found.adapter else None)
+
+
+def _weights(module: torch.nn.Module, base: ModelRef, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """By the base's stored name the module's own memory of it, in the stored shape.
+
+    Raises:
+        CuveeError: a parameter is none of the base's tensors.
+    """
+    from merging.statistics.matching import match
+
+    parameters = dict(module.named_parameters())
+    kept = module.state_dict(keep_vars=True).keys()
+    buffers = {n: b for n, b in module.named_buffers() if n in kept and b.dtype.is_floating_point}
+    own = {name: tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
+    odd = next((name for name, tensor in own.items() if str(tensor.dtype) not in STORED), None)
+    if odd is not None:
+        raise MergeError(f"'{odd}' is {own[odd].dtype}", mend="load the module in float32, bfloat16 or float16")
+    with adapter_merged(base, checkpoint.path) as folder, Checkpoint.open(folder) as stored:
+        matches = match({name: tensor.cpu() for name, tensor in own.items()}, stored)
+    found = {stored_name: own[name] for name, stored_name in matches.names.items()}
+    found |= {piece.name: piece.of(own[name]) for name, pieces in matches.pieces.items() for piece in pieces}
+    known = matches.names.keys() | matches.pieces.keys()
+    missing = [n for n in parameters if n not in known and not any(part in n for part in _UNUSED)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CuveeError(
+            f"the module's '{missing[0]}'{more} is none of its tensors",
+            where=str(base),
+            mend="load the module from the base, and change nothing before",
+        )
+    return found
