@@ -74,3 +74,45 @@ def test_select(data: st.DataObject, distribution: str, size: int) -> None:
     magnitudes = np.sort(np.abs(values))[::-1]
     assert k == 0 or magnitudes[k - 1] == np.uint32(threshold).view(np.float32)
     assert k == 0 or kept == k - np.count_nonzero(magnitudes > magnitudes[k - 1])
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("columns", [1, 16, 17, 3000])
+def test_kernels_by_importance(distribution: str, columns: int) -> None:
+    rng = np.random.default_rng(columns)
+    deltas = np.stack([DISTRIBUTIONS[distribution](rng, 3 * columns).astype(np.float32) for _ in range(2)])
+    deltas /= np.float32(10 if distribution in ("near overflow", "heavy tails") else 1)
+    importance = np.square(deltas[::-1].clip(-10, 10))
+    owners = rng.integers(0, 3, 3 * columns).astype(np.uint8)
+    results = []
+    for kernel in (compiled, reference):
+        values, scores, own, out = deltas.copy(), importance.copy(), owners.copy(), np.empty_like(deltas[0])
+        kernel.take(values[0], values, 0.7, own, out)
+        found = [out.copy()]
+        kernel.weigh(values, scores, kernel.vector([1.0, 0.3]), kernel.vector([0.6, 0.4]), 1e-6, out)
+        found.append(out)
+        kernel.saliency(values[0], scores[0])
+        found.append(scores[0].copy())
+        kernel.keep_largest_in_rows(scores[0], columns, (columns + 1) // 3)
+        kernel.keep_where(values[1], scores[0])
+        kernel.drop_owned(scores[0], own)
+        kernel.claim(scores[0], own, 2)
+        results.append([*found, scores[0], values[1], own])
+    for ours, numpys in zip(*results, strict=True):
+        np.testing.assert_array_equal(ours.view(np.uint8), numpys.view(np.uint8))
+
+
+def test_saliency_is_0_only_where_nothing_moved() -> None:
+    deltas = np.float32([0, 1e-40, -1e-40, 1, 1, 0])
+    for kernel in (compiled, reference):
+        importance = np.float32([5, 1e-38, 1e-38, 0, 4, 0])
+        kernel.saliency(deltas, importance)
+        assert (importance == 0).tolist() == [True, False, False, False, False, True]
+        assert importance[4] == 2 and importance[3] == reference.SMALLEST
+
+
+def test_rows_keep_their_largest_and_among_equals_the_first() -> None:
+    for kernel in (compiled, reference):
+        values = np.float32([3, -3, 1, 3, 0, 0, 0, 2])
+        kernel.keep_largest_in_rows(values, 4, 2)
+        assert values.tolist() == [3, -3, 0, 0, 0, 0, 0, 2]
