@@ -50,17 +50,24 @@ def layers_of(network: Network) -> list[Layer]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    names = {id(own): network.names[name] for name, own in network.parameters().items() if name in network.names}
+    names: dict[int, list[str]] = {}
+    for name, own in network.parameters().items():
+        pieces = [piece.name for piece in network.pieces.get(name, ()) if piece.same_inputs]
+        names[id(own)] = [*([network.names[name]] if name in network.names else []), *pieces]
     embedded = {id(m.weight) for m in network.module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    found = []
+    found: list[Layer] = []
+    known: dict[str, torch.Tensor] = {}
     for module in network.module.modules():
         weight = getattr(module, "weight", None)
-        if weight is None or id(weight) not in names or id(weight) in embedded:
+        if weight is None or id(weight) in embedded:
             continue
-        if isinstance(module, nn.Linear | Conv1D):
-            found.append(Layer(module, names[id(weight)], 0 if isinstance(module, Conv1D) else 1, "linear"))
-        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.padding_mode == "zeros":
-            found.append(Layer(module, names[id(weight)], 1, "conv"))
+        for name in names.get(id(weight), ()):
+            if known.setdefault(name, weight) is not weight:
+                continue  # of a projection that is loaded as several, which read the same, the first
+            if isinstance(module, nn.Linear | Conv1D):
+                found.append(Layer(module, name, 0 if isinstance(module, Conv1D) else 1, "linear"))
+            elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.padding_mode == "zeros":
+                found.append(Layer(module, name, 1, "conv"))
     return found
 
 

@@ -27,22 +27,44 @@ _CORNER = 8  # elements that a matrix is looked up by
 
 @dataclass(frozen=True)
 class Piece:
-    """A stored tensor that is a part of a parameter: experts that are loaded into one tensor, projections side by side.
+    """What a parameter and a stored tensor have in common, where they are not the same.
+
+    Either the stored tensor is a part of the parameter (experts that are loaded into one tensor, projections side by
+    side), or the parameter is some rows of the stored tensor (a projection that is loaded as several).
 
     Attributes:
         name: of the stored tensor.
-        part: where in the parameter it lies, an index.
+        part: where in the parameter the stored tensor lies, an index; () for the whole.
         turned: the stored tensor is the transpose of that part.
+        start: the first row of the stored tensor that the parameter is; None for the other case.
+        shape: of the stored tensor, in that case.
     """
 
     name: str
     part: tuple[int | slice, ...] = ()
     turned: bool = False
+    start: int | None = None
+    shape: tuple[int, ...] = ()
 
     def of(self, values: Tensor) -> Tensor:
-        """What of a tensor of the parameter's shape belongs to the stored tensor, in its shape."""
+        """The stored tensor that is a part of a parameter, as a view of it."""
+        assert self.start is None
         own = values[self.part] if self.part else values
         return own.T if self.turned else own
+
+    def put(self, values: Tensor, found: dict[str, Tensor]) -> None:
+        """Puts what of a tensor of the parameter's shape belongs to the stored tensor under its name, in its shape."""
+        if self.start is None:
+            found[self.name] = self.of(values)
+        else:
+            if self.name not in found:
+                found[self.name] = values.new_zeros(self.shape)
+            found[self.name][self.start : self.start + len(values)] = values
+
+    @property
+    def same_inputs(self) -> bool:
+        """Of a linear layer's weight: whether both read the same inputs."""
+        return not self.turned and len(self.part) < 2 and all(isinstance(own, slice) for own in self.part)
 
 
 @dataclass(frozen=True)
@@ -58,12 +80,19 @@ class Matches:
     pieces: Mapping[str, tuple[Piece, ...]]
 
 
-def match(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, tied: Mapping[str, str] | None = None) -> Matches:
+def match(
+    parameters: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    tied: Mapping[str, str] | None = None,
+    *,
+    rows: bool = False,
+) -> Matches:
     """Finds the stored tensors of parameters; a stored tensor belongs to one parameter only.
 
     Args:
         parameters: on the processor, in whatever floating dtype the file's values were rounded to.
         tied: second names of parameters, and which of `parameters` they are.
+        rows: also find parameters that are some rows of a stored tensor; without, every piece is a view of a parameter.
     """
     left = _Left(checkpoint)
     names = {name: found for name, own in parameters.items() if (found := left.take(name, own)) is not None}
@@ -74,6 +103,9 @@ def match(parameters: Mapping[str, Tensor], checkpoint: Checkpoint, tied: Mappin
     for name, parameter in parameters.items():
         if name not in names and (parts := _assembled(parameter, left)):
             pieces[name] = parts
+    if rows:
+        rest = {name: own for name, own in parameters.items() if name not in names and name not in pieces}
+        pieces |= left.take_rows(rest)
     return Matches(names, pieces)
 
 
@@ -103,7 +135,8 @@ class _Left:
     def take_corner(self, matrix: Tensor, axis: int, turned: bool) -> TensorInfo | None:
         """The stored matrix, or its transpose, with which `matrix` begins along that axis."""
         for info in self._of_corner(matrix.T if turned else matrix):
-            shape = info.shape[::-1] if turned else info.shape
+            stored = info.shape if len(info.shape) == 2 else (*info.shape, 1)  # a bias is a column
+            shape = stored[::-1] if turned else stored
             if shape[axis] > matrix.shape[axis] or shape[1 - axis] != matrix.shape[1 - axis]:
                 continue
             own = matrix.narrow(axis, 0, shape[axis])
@@ -112,6 +145,32 @@ class _Left:
                 del candidates[info.name]
                 return info
         return None
+
+    def take_rows(self, parameters: Mapping[str, Tensor]) -> dict[str, tuple[Piece, ...]]:
+        """Parameters that together are a stored tensor, one below another."""
+        found: dict[str, Piece] = {}
+        for name, own in parameters.items():
+            for stored in self._likeliest(name, self._all()):
+                start = self._row_of(own, self._all()[stored])
+                if start is not None:
+                    found[name] = Piece(stored, start=start, shape=self._all()[stored].shape)
+                    break
+        covered: dict[str, int] = {}
+        for name, piece in found.items():
+            covered[piece.name] = covered.get(piece.name, 0) + len(parameters[name])
+        return {name: (piece,) for name, piece in found.items() if covered[piece.name] == piece.shape[0]}
+
+    def _all(self) -> dict[str, TensorInfo]:
+        return {name: info for own in self._by_shape.values() for name, info in own.items()}
+
+    def _row_of(self, parameter: Tensor, info: TensorInfo) -> int | None:
+        """The row of a stored tensor from which on it is the parameter: a multiple of its rows, or the last possible."""
+        shape = tuple(parameter.shape)
+        if not shape or not parameter.numel() or info.shape[1:] != shape[1:] or info.shape[0] <= shape[0]:
+            return None
+        starts = [*range(0, info.shape[0] - shape[0] + 1, shape[0]), info.shape[0] - shape[0]]
+        row = parameter[0].numel()
+        return next((start for start in starts if _equal(parameter, self._checkpoint, info, start * row)), None)
 
     def give_back(self, info: TensorInfo) -> None:
         self._by_shape[info.shape][info.name] = info
@@ -132,8 +191,8 @@ class _Left:
             self._corners.clear()
             for own in self._by_shape.values():
                 for info in own.values():
-                    if len(info.shape) == 2 and info.numel:
-                        size = min(_CORNER, info.shape[1])
+                    if len(info.shape) in (1, 2) and info.numel:
+                        size = min(_CORNER, (*info.shape, 1)[1])
                         key = _bytes(_read(self._checkpoint, info, 0, size).to(matrix.dtype))
                         self._corners.setdefault((size, key), []).append(info)
         for size in range(min(_CORNER, matrix.shape[1]), 0, -1):
@@ -155,13 +214,14 @@ def _bytes(values: Tensor) -> bytes:
 
 def _assembled(parameter: Tensor, left: _Left) -> tuple[Piece, ...]:
     """The stored matrices that a parameter was put together from, one after another along either axis; () for none."""
-    if parameter.dim() not in (2, 3):
+    if parameter.dim() not in (1, 2, 3):
         return ()
     taken: list[TensorInfo] = []
     found: list[Piece] = []
     for place in range(len(parameter)) if parameter.dim() == 3 else (None,):
         matrix = parameter.detach() if place is None else parameter.detach()[place]
-        parts = next((own for way in _WAYS if (own := _side_by_side(matrix, left, taken, *way))), None)
+        matrix, ways = (matrix, _WAYS) if matrix.dim() == 2 else (matrix.unsqueeze(1), _WAYS[:1])
+        parts = next((own for way in ways if (own := _side_by_side(matrix, left, taken, *way))), None)
         if parts is None:
             for info in taken:
                 left.give_back(info)
@@ -186,7 +246,7 @@ def _side_by_side(matrix: Tensor, left: _Left, taken: list[TensorInfo], axis: in
                 left.give_back(each)
             return None
         own.append(info)
-        stop = start + info.shape[1 - axis if turned else axis]
+        stop = start + (*info.shape, 1)[1 - axis if turned else axis]
         part = slice(start, stop)
         found.append(Piece(info.name, (part,) if axis == 0 else (slice(None), part), turned))
         start = stop
@@ -214,17 +274,16 @@ def _parts(name: str) -> list[str]:
     return name.replace("/", ".").split(".")
 
 
-def _equal(parameter: Tensor, checkpoint: Checkpoint, info: TensorInfo) -> bool:
+def _equal(parameter: Tensor, checkpoint: Checkpoint, info: TensorInfo, begin: int = 0) -> bool:
+    """Whether the stored elements from `begin` on are the parameter's."""
     first = parameter.detach()[(0,) * max(0, parameter.dim() - 1)] if parameter.numel() else parameter
-    if not _same(first.reshape(-1)[:_FIRST], _read(checkpoint, info, 0, min(_FIRST, first.numel()))):
+    if not _same(first.reshape(-1)[:_FIRST], _read(checkpoint, info, begin, begin + min(_FIRST, first.numel()))):
         return False
     flat = parameter.detach().reshape(-1)
-    start, size = 0, _BLOCK
-    while start < info.numel:
-        stop = min(start + size, info.numel)
-        if not _same(flat[start:stop], _read(checkpoint, info, start, stop)):
+    for start in range(0, flat.numel(), _BLOCK):
+        stop = min(start + _BLOCK, flat.numel())
+        if not _same(flat[start:stop], _read(checkpoint, info, begin + start, begin + stop)):
             return False
-        start = stop
     return True
 
 

@@ -79,11 +79,12 @@ class Network:
 
     def stored(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """By stored name what is given by parameter name, in the shape of each stored tensor."""
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for name, own in values.items():
             if name in self.names:
                 found[self.names[name]] = own
-            found |= {piece.name: piece.of(own) for piece in self.pieces.get(name, ())}
+            for piece in self.pieces.get(name, ()):
+                piece.put(own, found)
         return found
 
     def read(
@@ -246,7 +247,7 @@ def open_network(
         else:
             module, reader = _load(folder, str(model), chosen, dtype, trust_remote_code)
         with Checkpoint.open(folder) as merged:
-            matches = match(dict(module.named_parameters()), merged, _tied(module))
+            matches = match(dict(module.named_parameters()), merged, _tied(module), rows=True)
     _refuse_random(module, matches, str(model))
     module.requires_grad_(False)
     limit = _limit(module, reader, chosen)

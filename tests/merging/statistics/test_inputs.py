@@ -147,3 +147,28 @@ def test_what_follows_the_last_layer_is_not_computed(tmp_path: Path) -> None:
     assert not called
     module(**network.features(network.read(["w1"])))
     assert called
+
+
+@pytest.mark.parametrize("way", ["stored as one", "loaded as one"])
+def test_fused_projections_have_their_inputs_under_the_stored_names(way: str, tmp_path: Path) -> None:
+    from merging.statistics.matching import Piece
+
+    network = open_network(str(model("bert", tmp_path)))
+    exact, _ = measured(network, "gram", sentences(5))
+    stem = "encoder.layer.0.attention.self."
+    names, pieces = dict(network.names), {}
+    if way == "stored as one":
+        for place, part in enumerate(("query", "key", "value")):
+            del names[f"0.model.{stem}{part}.weight"]
+            pieces[f"0.model.{stem}{part}.weight"] = (Piece("qkv", start=32 * place, shape=(96, 32)),)
+        expected = {"qkv"}
+    else:
+        del names[f"0.model.{stem}query.weight"]
+        parts = tuple(Piece(f"half{i}", (slice(16 * i, 16 * i + 16),)) for i in range(2))
+        pieces[f"0.model.{stem}query.weight"] = parts
+        expected = {"half0", "half1"}
+    fused = Network(network.module, network.reader, network.head, names, network.max_length, pieces)
+    found, axes = measured(fused, "gram", sentences(5))
+    assert expected <= found.keys() and axes.keys() == found.keys()
+    for name in expected:
+        np.testing.assert_allclose(found[name], exact[f"{stem}query.weight"], rtol=1e-6)

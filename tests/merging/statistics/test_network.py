@@ -60,7 +60,7 @@ def test_a_dense_module_is_named_by_its_folder(minilm: Path, tmp_path: Path) -> 
 
 def named(folder: Path, parameters: dict[str, Any], tied: dict[str, str] | None = None) -> Any:
     with Checkpoint.open(folder) as checkpoint:
-        return match(parameters, checkpoint, tied)
+        return match(parameters, checkpoint, tied, rows=True)
 
 
 def test_equal_tensors_go_by_their_names(tmp_path: Path) -> None:
@@ -105,8 +105,37 @@ def test_matrices_side_by_side(axis: int, turned: bool, tmp_path: Path) -> None:
     whole = torch.from_numpy(np.concatenate(parts, axis))
     pieces = named(folder, {"qkv": whole}).pieces["qkv"]
     assert [piece.name for piece in pieces] == ["p0", "p1", "p2"]
-    for piece, part in zip(pieces, parts, strict=True):
-        np.testing.assert_array_equal(piece.of(whole).numpy(), part.T if turned else part)
+    found: dict[str, Any] = {}
+    for piece in pieces:
+        piece.put(whole, found)
+    for own, part in zip(found.values(), parts, strict=True):
+        np.testing.assert_array_equal(own.numpy(), part.T if turned else part)
+
+
+def test_a_projection_that_is_loaded_as_several(tmp_path: Path) -> None:
+    whole, bias = some((16, 5)), some((16,), 1)
+    folder = write_model(tmp_path, {"qkv.weight": whole, "qkv.bias": bias, "other.weight": some((16, 5), 2)})
+    ends = {"q": (0, 8), "k": (8, 12), "v": (12, 16)}
+    parameters = {f"{n}.weight": torch.from_numpy(whole[a:b]) for n, (a, b) in ends.items()}
+    parameters |= {f"{n}.bias": torch.from_numpy(bias[a:b]) for n, (a, b) in ends.items()}
+    pieces = named(folder, {**parameters, "alone.weight": torch.from_numpy(some((16, 5), 2)[4:8])}).pieces
+    assert pieces.keys() == parameters.keys()
+    found: dict[str, Any] = {}
+    for name, own in parameters.items():
+        pieces[name][0].put(own, found)
+    np.testing.assert_array_equal(found["qkv.weight"].numpy(), whole)
+    np.testing.assert_array_equal(found["qkv.bias"].numpy(), bias)
+
+
+def test_biases_that_are_loaded_into_one(tmp_path: Path) -> None:
+    parts = [some((n,), n) for n in (2, 3, 4)]
+    folder = write_model(tmp_path, {f"p{i}": part for i, part in enumerate(parts)})
+    pieces = named(folder, {"qkv": torch.from_numpy(np.concatenate(parts))}).pieces["qkv"]
+    assert [(piece.name, piece.part) for piece in pieces] == [
+        ("p0", (slice(0, 2),)),
+        ("p1", (slice(2, 5),)),
+        ("p2", (slice(5, 9),)),
+    ]
 
 
 def test_weights_that_the_file_lacks_are_refused(tmp_path: Path) -> None:
