@@ -10,11 +10,13 @@ import typer
 import embeddings.cli
 import merging.cli
 import merging.statistics.cli
+import search.cli
 from merging.errors import CuveeError, Interrupted
 
 app = typer.Typer(help="Several fine-tuned checkpoints in, one good model out.", pretty_exceptions_enable=False)
 merging.cli.register(app)
 merging.statistics.cli.register(app)
+search.cli.register(app)
 embeddings.cli.register(app)
 
 

@@ -1,1 +1,1 @@
-"""Which coefficients? The search for the weights of a merge. Nothing here yet: `merging` comes first."""
+"""Which coefficients? The search for the parameters of a merge that score best, as a study that lasts."""

@@ -36,6 +36,15 @@ class Range:
     high: float | None = None
 
 
+@dataclass(frozen=True)
+class Search:
+    """Marks a parameter that `cuvee search` varies by default, one value for all models, within inclusive bounds."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
 class _PerModel:
     """Marks a parameter that has one value per model; see `PerModel`."""
 
@@ -56,6 +65,7 @@ class Parameter:
     high: float | None = None
     choices: tuple[str, ...] = ()
     help: str = ""
+    search: Search | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +190,7 @@ def declared_parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
             high=bounds.high,
             choices=get_args(kind) if get_origin(kind) is Literal else (),
             help=next((mark for mark in marks if isinstance(mark, str)), ""),
+            search=next((mark for mark in marks if isinstance(mark, Search)), None),
         )
     return parameters
 

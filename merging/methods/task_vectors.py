@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from merging.errors import MergeError
 from merging.inputs import Chunk, Final, Inputs, Trim, Values, coarse_bin, fine_cut
-from merging.methods.registry import PerModel, Range, method
+from merging.methods.registry import PerModel, Range, Search, method
 
 #: Changes one model's task vector on one chunk in place: (values, start).
 Thin = Callable[[Values, int], None]
 Weights = Annotated[PerModel[float], "factor of the task vector"]
-Densities = Annotated[PerModel[Annotated[float, Range(0, 1)]], "share of the task vector's entries that stays"]
+Densities = Annotated[
+    PerModel[Annotated[float, Range(0, 1)]], "share of the task vector's entries that stays", Search(0.1, 1)
+]
 Outliers = Annotated[PerModel[Annotated[float, Range(0, 1)]], "share of the entries, the largest, that is dropped"]
 Spread = Annotated[PerModel[Annotated[float, Range(0, 1)]], "the keep probability goes from density − ε to density + ε"]
 Normalize = Annotated[bool, "divide by the sum of the weights"]

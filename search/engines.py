@@ -1,0 +1,230 @@
+"""Engines: names to Optuna samplers. What an engine proposes depends on the seed and the trials before, on nothing else.
+
+Optuna's samplers keep a random state and a cache in memory, so that a study that was killed goes on otherwise than it would
+have, and every resumed one draws its first random numbers again. `SeededSampler` therefore makes a fresh sampler for each
+proposal, seeded by the study's seed and the number of proposals before.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from merging import registries
+from merging.errors import CuveeError
+from search.design import sobol
+from search.space import Space
+
+STARTUP = 8
+Make: TypeAlias = Callable[[Space, int], BaseSampler]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An optimiser.
+
+    Attributes:
+        make: a fresh sampler for one proposal, of the space and a seed; None: Sobol's sequence goes on.
+        objectives: how many it takes at most.
+        categorical: whether it takes dimensions that are no numbers; else those are drawn apart.
+        startup: observations that it wants before it proposes by a model; until then points are Sobol's.
+    """
+
+    name: str
+    title: str
+    make: Make | None
+    objectives: int = 3
+    categorical: bool = True
+    startup: int = STARTUP
+
+
+ENGINES: dict[str, Engine] = {}
+_GROUP = "cuvee.engines"
+
+
+def engine(
+    name: str, title: str, *, objectives: int = 3, categorical: bool = True, startup: int = STARTUP
+) -> Callable[[Make], Make]:
+    """Registers `make(space, seed)`; installed packages do so by an entry point `cuvee.engines`."""
+
+    def register(make: Make) -> Make:
+        ENGINES[name] = Engine(name, title, make, objectives, categorical, startup)
+        return make
+
+    return register
+
+
+def get(name: str, where: str = "") -> Engine:
+    """The engine of that name.
+
+    Raises:
+        CuveeError: no such engine; names the nearest.
+    """
+    return registries.find(name, ENGINES, group=_GROUP, noun="engine", where=where)
+
+
+def refuse_unfit(name: str, objectives: int, where: str = "") -> Engine:
+    """The engine of that name.
+
+    Raises:
+        CuveeError: no such engine, or it takes fewer objectives.
+    """
+    found = get(name, where)
+    if objectives > found.objectives:
+        mend = "choose gp, tpe, qmc or random, or aggregate the tasks"
+        raise CuveeError(f"'{name}' searches for one objective, not {objectives}", where=where, mend=mend)
+    return found
+
+
+class SeededSampler(BaseSampler):
+    """Proposes by a fresh sampler each time; by Sobol's sequence where there is too little to learn from."""
+
+    def __init__(self, engine: Engine, space: Space, seed: int) -> None:
+        self.engine, self.space, self.seed = engine, space, seed
+        self.distributions = space.distributions()
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """All that varies: what Optuna infers is empty until a trial is complete."""
+        return {name: kind for name, kind in self.distributions.items() if not kind.single()}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if not search_space:
+            return {}
+        if proposed := _proposed(trial, search_space):
+            return proposed
+        place = trial.number
+        complete = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        if self.engine.make is None or complete < self.engine.startup:
+            return sobol(self.space, 1, self.seed, skip=place)[0]
+        seed = int(np.random.SeedSequence([self.seed, place]).generate_state(1)[0] % 2**31)
+        sampler = self.engine.make(self.space, seed)
+        taken = search_space
+        if not self.engine.categorical:
+            taken = {name: kind for name, kind in taken.items() if not isinstance(kind, CategoricalDistribution)}
+        found = sampler.sample_relative(study, trial, taken)
+        apart = {name: kind for name, kind in search_space.items() if name not in found}
+        return {**found, **{name: sampler.sample_independent(study, trial, name, kind) for name, kind in apart.items()}}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        raise AssertionError(f"{param_name} is none of the space's dimensions")
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        """Nothing: no sampler lives that long."""
+
+
+class SkoptSampler(BaseSampler):
+    """scikit-optimize by its ask and tell: a Gaussian process, Matérn 5/2, expected improvement with ξ = 0.01.
+
+    One proposal; failed trials and those at work are not known to it.
+    """
+
+    def __init__(self, space: Space, seed: int) -> None:
+        self.space, self.seed = space, seed
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self.space.distributions()
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of scikit-learn about scikit-optimize's age, and of fits that end early
+            from skopt import Optimizer
+            from skopt.space import Categorical, Integer, Real
+
+            dimensions: list[Any] = []
+            varied = [d for d in self.space.dimensions if d.name in search_space]
+            for d in varied:
+                prior = "log-uniform" if d.log else "uniform"
+                if d.choices:
+                    dimensions.append(Categorical(list(d.choices)))
+                elif d.whole:
+                    dimensions.append(Integer(int(d.low or 0), int(d.high or 0), prior=prior))
+                else:
+                    dimensions.append(Real(d.low, d.high, prior=prior))
+            optimizer = Optimizer(
+                dimensions,
+                base_estimator="GP",
+                n_initial_points=1,
+                acq_func="EI",
+                acq_func_kwargs={"xi": 0.01},
+                acq_optimizer="lbfgs",
+                random_state=self.seed,
+            )
+            done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            rows = [[other.params[d.name] for d in varied] for other in done]
+            optimizer.tell(rows, [-float(other.value or 0.0) for other in done])
+            return dict(zip((d.name for d in varied), map(_plain, optimizer.ask()), strict=True))
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        raise AssertionError("never asked")
+
+
+def _proposed(trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+    """What Optuna's samplers told other processes of a proposal: a trial that was killed right then has it from there."""
+    parts = [value for name, value in sorted(trial.system_attrs.items()) if ":relative_params:" in name]
+    try:
+        found = json.loads("".join(parts)) if len(parts) == 1 else {}
+    except (TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and found.keys() == search_space.keys() else {}
+
+
+def _plain(value: Any) -> Any:
+    """A Python value of one of numpy's."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+@engine("gp", "Gaussian process, Matérn 5/2, log expected improvement (Optuna)")
+def _gp(space: Space, seed: int) -> BaseSampler:
+    return GPSampler(seed=seed, n_startup_trials=1, warn_independent_sampling=False)
+
+
+@engine("tpe", "tree-structured Parzen estimators (Optuna)")
+def _tpe(space: Space, seed: int) -> BaseSampler:
+    return TPESampler(seed=seed, n_startup_trials=1)
+
+
+@engine("cma", "CMA-ES from the middle of the space (Optuna, cmaes)", objectives=1, categorical=False, startup=1)
+def _cma(space: Space, seed: int) -> BaseSampler:
+    if sum(not d.choices and d.low != d.high for d in space.dimensions) < 2:
+        return RandomSampler(seed=seed)  # it has no covariance to learn in one dimension
+    return CmaEsSampler(seed=seed, n_startup_trials=1, warn_independent_sampling=False)
+
+
+@engine("skopt", "Gaussian process, Matérn 5/2, expected improvement with ξ = 0.01 (scikit-optimize)", objectives=1)
+def _skopt(space: Space, seed: int) -> BaseSampler:
+    return SkoptSampler(space, seed)
+
+
+ENGINES["qmc"] = Engine("qmc", "Sobol's sequence, scrambled", None)
+
+
+@engine("random", "independent uniform draws", startup=0)
+def _random(space: Space, seed: int) -> BaseSampler:
+    return RandomSampler(seed=seed)
+
+
+@engine("botorch", "Gaussian process with noisy expected improvement (BoTorch; extra 'botorch')")
+def _botorch(space: Space, seed: int) -> BaseSampler:
+    try:
+        from optuna_integration import BoTorchSampler
+    except ImportError:
+        raise CuveeError("the engine 'botorch' is not installed", mend="pip install 'cuvee[botorch]'") from None
+    sampler: BaseSampler = BoTorchSampler(seed=seed, n_startup_trials=1)
+    return sampler

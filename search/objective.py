@@ -1,0 +1,160 @@
+"""Objective: a merged model in, scores by task out; and what a study makes of the scores. Higher is better, always.
+
+Objectives are found by name in a registry, which other packages add to by an entry point `cuvee.objectives`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+from merging import registries
+from merging.errors import CuveeError
+from merging.node import Node
+
+#: More explode: four objectives take Optuna's Gaussian process 2.5 GB, six over 17 GB.
+MAX_OBJECTIVES = 3
+TOTAL = "total"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model scores; higher is better.
+
+    Attributes:
+        total: the objective's own number; None where there is no other than the tasks'.
+        tasks: by name.
+    """
+
+    total: float | None = None
+    tasks: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A merged model to score.
+
+    Attributes:
+        folder: where it lies, loadable like any output of `cuvee merge`; gone after the trial.
+        coefficients: the method's parameters, see `Space.coefficients`.
+    """
+
+    folder: Path
+    coefficients: Mapping[str, Any]
+
+
+class Objective(Protocol):
+    """Scores models, one after another, in one process."""
+
+    def prepare(self) -> None:
+        """Loads what all trials share; called once, before the first."""
+
+    def __call__(self, model: Candidate, /) -> Scores: ...
+
+
+#: From the settings under the objective's name, and the folder near which files are looked for.
+Make: TypeAlias = Callable[[Node, Path], Objective]
+
+
+@dataclass(frozen=True)
+class ObjectiveKind:
+    """An entry of the registry.
+
+    Attributes:
+        make: checks its settings, each mistake with its line, and loads nothing.
+    """
+
+    name: str
+    title: str
+    make: Make
+
+
+OBJECTIVES: dict[str, ObjectiveKind] = {}
+_GROUP = "cuvee.objectives"
+
+
+def objective(name: str, title: str) -> Callable[[Make], Make]:
+    """Registers a function that makes an objective of its settings."""
+
+    def register(make: Make) -> Make:
+        OBJECTIVES[name] = ObjectiveKind(name, title, make)
+        return make
+
+    return register
+
+
+def get(name: str, where: str = "") -> ObjectiveKind:
+    """The objective of that name.
+
+    Raises:
+        CuveeError: no such objective; names the nearest.
+    """
+    import search.objectives.function  # noqa: F401  (registers itself)
+
+    return registries.find(name, OBJECTIVES, group=_GROUP, noun="objective", where=where)
+
+
+def known() -> Mapping[str, ObjectiveKind]:
+    """All objectives by name, those of installed packages included."""
+    import search.objectives.function  # noqa: F401  (registers itself)
+
+    registries.load_installed(_GROUP)
+    return OBJECTIVES
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is maximised.
+
+    Attributes:
+        aggregate: "mean", "worst" or "weighted" of the tasks.
+        weights: by task, for "weighted"; tasks that are not named do not count.
+        floors: the least that a task must score; points below are told to the optimiser as infeasible, and never chosen
+            while there is another.
+        front: tasks that are objectives of their own, two or three: the answer is a Pareto front.
+    """
+
+    aggregate: str = "mean"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    floors: Mapping[str, float] = field(default_factory=dict)
+    front: tuple[str, ...] = ()
+
+    def values(self, scores: Scores) -> list[float]:
+        """The numbers that a study maximises: one, or one for each task of the front.
+
+        Raises:
+            CuveeError: a task is missing, or a number is not finite.
+        """
+        if self.front:
+            found = [self._of(scores, task) for task in self.front]
+        elif self.aggregate == "weighted":
+            found = [sum(weight * self._of(scores, task) for task, weight in self.weights.items())]
+            found[0] /= sum(self.weights.values())
+        elif self.aggregate == "mean" and scores.total is not None:
+            found = [scores.total]
+        elif scores.tasks:
+            values = list(scores.tasks.values())
+            found = [min(values) if self.aggregate == "worst" else sum(values) / len(values)]
+        elif scores.total is not None:
+            found = [scores.total]
+        else:
+            raise CuveeError("the objective gave no score", where="objective")
+        for value in [*found, *scores.tasks.values()]:
+            if not math.isfinite(value):
+                raise CuveeError(f"the objective gave {value}, which is no score", where="objective")
+        return found
+
+    def violations(self, scores: Scores) -> dict[str, float]:
+        """By task, how far it is below its floor; 0 or less: it is not."""
+        return {task: floor - self._of(scores, task) for task, floor in self.floors.items()}
+
+    def _of(self, scores: Scores, task: str) -> float:
+        if task not in scores.tasks:
+            given = ", ".join(scores.tasks) or "none"
+            raise CuveeError(
+                f"the objective gave no score of the task '{task}'", where="objective", mend=f"given: {given}"
+            )
+        return scores.tasks[task]

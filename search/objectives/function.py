@@ -1,0 +1,82 @@
+"""The user's own function: `objective: {function: "module:function"}`.
+
+It is called with the folder of the merged model (a `pathlib.Path`) and returns a number, or numbers by task; higher is better.
+The module is looked for beside the search's YAML first, then wherever Python looks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from merging.errors import CuveeError
+from merging.fields import text
+from merging.node import Node
+from merging.setting import refuse_unknown_keys
+from search.objective import Candidate, Scores, objective
+
+
+class Function:
+    """An objective by the name of a function."""
+
+    def __init__(self, name: str, near: Path, where: str) -> None:
+        self.name, self.near, self.where = name, near, where
+        self._function: Callable[[Path], Any] | None = None
+
+    def prepare(self) -> None:
+        """Imports the module.
+
+        Raises:
+            CuveeError: it cannot be imported, or has no such function.
+        """
+        module, _, name = self.name.partition(":")
+        near = str(self.near.absolute())
+        if near not in sys.path:
+            sys.path.insert(0, near)
+        try:
+            found = importlib.import_module(module)
+        except Exception as error:
+            what = f"'{module}' cannot be imported: {type(error).__name__}: {error}"
+            raise CuveeError(what, where=self.where, mend=f"put {module}.py beside the YAML, or install it") from error
+        for part in name.split("."):
+            found = getattr(found, part, None)  # type: ignore[assignment]
+        if not callable(found):
+            raise CuveeError(f"'{module}' has no function '{name}'", where=self.where)
+        self._function = found
+
+    def __call__(self, model: Candidate, /) -> Scores:
+        if self._function is None:
+            self.prepare()
+        assert self._function is not None
+        return scores_of(self._function(model.folder), self.name)
+
+
+def scores_of(result: Any, name: str) -> Scores:
+    """Scores of what a function returns: a number, or numbers by task.
+
+    Raises:
+        CuveeError: something else.
+    """
+    if isinstance(result, Scores):
+        return result
+    try:
+        if isinstance(result, Mapping):
+            return Scores(None, {str(task): float(score) for task, score in result.items()})
+        return Scores(float(result))
+    except (TypeError, ValueError):
+        kind = type(result).__name__
+        what = f"returned {kind}, neither a number nor numbers by task"
+        raise CuveeError(what, where=name, mend="return a score, higher is better") from None
+
+
+@objective("function", "a function of yours, `module:function`, of the merged model's folder")
+def _function(settings: Node, near: Path) -> Function:
+    refuse_unknown_keys(settings, ("function",), "the objective 'function'")
+    name = text(settings, "function", "")
+    module, colon, function = name.partition(":")
+    if not (colon and module and function):
+        raise CuveeError(f"'{name}' names no function", where=settings.where, mend="write 'function: module:function'")
+    return Function(name, near, settings.where)

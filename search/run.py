@@ -1,0 +1,264 @@
+"""A run of `cuvee search`: from a configuration to RUN/ with the study, its table, the best recipe and the merged model.
+
+    study.log | study.db     the trials, in Optuna's storage; optuna-dashboard opens it
+    trials.jsonl, trials.csv the same as a table
+    best.yml, model/         the best recipe, ready for `cuvee merge`, and what it makes
+    front.json               with several objectives: the Pareto front
+    cuvee.json               what was searched, by what, and what came of it
+
+Whatever kills it, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from merging import engine, lineage
+from merging.errors import CuveeError
+from merging.output import alone, just_begun
+from search import choose, engines
+from search.choose import Trial
+from search.config import SearchConfig
+from search.design import TRIALS, design
+from search.recipes import MergedFolders, check, recipe_of, space_of, tensor_names
+from search.space import Space
+from search.study import JOURNAL, SQLITE, Settings, Study, open_study, work
+from search.workers import search_side_by_side
+
+TABLE, BEST, MODEL, FRONT = "trials.csv", "best.yml", "model", "front.json"
+_SCRATCH = ".scratch"
+_MADE = (JOURNAL, SQLITE, f".{JOURNAL}.lock", ".ask", TRIALS, TABLE, BEST, FRONT, lineage.FILE)
+
+
+def search_run(
+    config: SearchConfig,
+    run: str | Path,
+    *,
+    workers: int = 1,
+    device: str = "cpu",
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    note: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Searches, or goes on with a search, and writes what it found.
+
+    Args:
+        workers: processes that share the study; with one, a search that is killed and gone on with proposes the same.
+        force: begin anew in a folder that holds another search.
+        dry_run: check the configuration and say what varies; write nothing.
+
+    Returns:
+        What `cuvee search --json` prints.
+
+    Raises:
+        CuveeError: models, settings or a folder that cannot be; nothing but failures.
+    """
+    began = time.perf_counter()
+    run = Path(run).absolute()
+    space = space_of(config)
+    engines.refuse_unfit(config.engine, len(config.goal.front), config.at("engine"))
+    settings = _settings(config, space, workers)
+    check_claim(run)
+    check(config, space, run / MODEL, note)
+    summary = {
+        **{"command": "search", "out": str(run), "method": config.method.name, "engine": config.engine},
+        **{"seed": config.seed, "device": device, "cuvee_version": lineage.cuvee_version()},
+        "dimensions": [d.name for d in space.dimensions],
+    }
+    if dry_run:
+        starts = len(settings.design)
+        return {**summary, "dry_run": True, "trials": settings.trials, "start": starts, "seconds": _since(began)}
+    with alone(run):
+        if force:
+            _clear(run)
+        begun = {**summary, "state": "begun"}
+        if not (run / lineage.FILE).is_file():
+            write_whole(run / lineage.FILE, lineage.text(begun))  # first: what holds it is ours, wherever we are killed
+        study = open_study(settings, run, config.storage, config.where)
+        _search(study, config, run, device, progress, note)
+        trials = study.trials()
+        _write_tables(run, space, trials)
+        found = choose.best(space, trials, config.recommend)
+        if found is None:
+            raise CuveeError(f"no trial succeeded, the last one: {trials[-1].error}", where=config.where)
+        if not found.feasible:
+            note("no trial keeps the floors; the nearest to keeping them is taken")
+        _write_model(config, space, found, run, device)
+        summary["seconds"] = _since(began)
+        result = {**summary, **_result(space, trials, found, study), "model": str(run / MODEL), "workers": workers}
+        content = {**result, "state": "done", "config": config.text, "study": settings.plain()}
+        content["versions"] = lineage.versions("optuna", "scikit-optimize", "cmaes", "greenlet", "torch", "numpy")
+        write_whole(run / lineage.FILE, lineage.text(content))
+        return result
+
+
+def check_claim(run: Path) -> None:
+    """Raises CuveeError where the folder is no search's, whatever its study is, and not empty."""
+    try:
+        if not run.exists() or just_begun(run):
+            return
+        if not run.is_dir():
+            raise CuveeError("is no folder", where=str(run), mend="choose another name")
+        if not any(run.iterdir()):
+            return
+    except OSError as error:
+        raise CuveeError(f"cannot be looked into: {error.strerror}", where=str(run)) from None
+    if not (run / lineage.FILE).is_file():
+        raise CuveeError("is not empty and none of our outputs", where=str(run), mend="choose another folder")
+    past = lineage.read(run)
+    if past.get("command") != "search":
+        raise CuveeError(f"is an output of `cuvee {past.get('command')}`", where=str(run), mend="choose another folder")
+
+
+def _settings(config: SearchConfig, space: Space, workers: int) -> Settings:
+    identity = {
+        "models": [source.plain() for source in config.models],
+        "base_model": None if config.base_model is None else config.base_model.plain(),
+        "objective": config.settings.plain(),
+        "dtype": config.dtype,
+    }
+    return Settings(
+        space=space,
+        engine=config.engine,
+        seed=config.seed,
+        design=design(space, config.start, config.seed),
+        trials=config.trials_for(len(space.dimensions)),
+        goal=config.goal,
+        identity=identity,
+        seconds=config.until.seconds,
+        no_gain=config.until.no_gain,
+        workers=workers,
+    )
+
+
+def _search(
+    study: Study,
+    config: SearchConfig,
+    run: Path,
+    device: str,
+    progress: Callable[[str, int, int], None],
+    note: Callable[[str], None],
+) -> None:
+    """All trials that are missing."""
+    space, settings, scratch = study.settings.space, study.settings, run / _SCRATCH
+    orphans = study.orphans()
+    if not orphans and study.ended() is not None:
+        return
+    shutil.rmtree(scratch, ignore_errors=True)
+
+    def told(trial: Trial) -> None:
+        trials = study.trials()
+        _write_tables(run, space, trials)
+        if trial.error:
+            note(f"trial {trial.number} failed: {trial.error}")
+        done, total = len(trials), max(len(trials), settings.trials)
+        progress("trials", done, total)
+
+    try:
+        if settings.workers > 1:
+            search_side_by_side(config, settings, run, scratch, orphans, device=device, told=told)
+        else:
+            evaluate = MergedFolders(config, scratch, device=device, note=note)
+            work(study, evaluate, orphans=orphans, told=told)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _result(space: Space, trials: Sequence[Trial], found: Trial, study: Study) -> dict[str, Any]:
+    score = found.values[0] if len(found.values) == 1 else list(found.values)
+    return {
+        "best": {"score": score, "coefficients": space.coefficients(found.point), "trial": found.number},
+        "trials": len(trials),
+        "failed": sum(bool(trial.error) for trial in trials),
+        "scores": dict(found.tasks),
+        "feasible": found.feasible,
+        "ended": study.ended(),
+    }
+
+
+def _write_model(config: SearchConfig, space: Space, found: Trial, run: Path, device: str) -> None:
+    """The best recipe, and its model unless it is there already."""
+    recipe = recipe_of(config, space.coefficients(found.point), tensor_names(config), where=str(run / BEST))
+    text = recipe.to_yaml()
+    write_whole(run / BEST, text)
+    with suppress(CuveeError, OSError):
+        past = lineage.read(run / MODEL)
+        if past.get("recipe") == text and past.get("seed") == config.seed:
+            return
+    engine.merge(recipe, run / MODEL, seed=config.seed, device=device, force=True)
+
+
+def _write_tables(run: Path, space: Space, trials: Sequence[Trial]) -> None:
+    rows = [
+        {
+            "number": trial.number,
+            "state": "FAIL" if trial.error else "COMPLETE",
+            "values": list(trial.values),
+            "feasible": trial.feasible,
+            "point": dict(trial.point),
+            "tasks": dict(trial.tasks),
+            "seconds": trial.seconds,
+            "error": trial.error,
+        }
+        for trial in trials
+    ]
+    write_whole(run / TRIALS, "".join(json.dumps(row) + "\n" for row in rows))
+    tasks = list(dict.fromkeys(task for trial in trials for task in trial.tasks))
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    count = max((len(trial.values) for trial in trials), default=1)
+    values = ["score"] if count == 1 else [f"score.{i}" for i in range(count)]
+    points = [d.name for d in space.dimensions]
+    writer.writerow(["number", "state", *values, "feasible", *points, *tasks, "seconds", "error"])
+    for trial, row in zip(trials, rows, strict=True):
+        writer.writerow(
+            [
+                *(trial.number, row["state"], *(trial.values or [""] * count), trial.feasible),
+                *(trial.point.get(name, "") for name in points),
+                *(trial.tasks.get(task, "") for task in tasks),
+                *(trial.seconds, trial.error),
+            ]
+        )
+    write_whole(run / TABLE, table.getvalue())
+    if count > 1:
+        front = [
+            {"trial": t.number, "scores": dict(t.tasks), "coefficients": space.coefficients(t.point)}
+            for t in choose.front(trials)
+        ]
+        write_whole(run / FRONT, json.dumps(front, indent=2) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file so that whoever reads it finds the old text or the new.
+
+    Raises:
+        CuveeError: it cannot be written.
+    """
+    staged = file.with_name(f".{file.name}.new")
+    try:
+        staged.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(staged, file)
+    except OSError as error:
+        raise CuveeError(f"cannot write: {error.strerror}", where=str(file)) from error
+
+
+def _clear(run: Path) -> None:
+    """Takes away what an earlier search made, its lineage last."""
+    for name in (MODEL, _SCRATCH):
+        shutil.rmtree(run / name, ignore_errors=True)
+    for name in _MADE:
+        (run / name).unlink(missing_ok=True)
+
+
+def _since(began: float) -> float:
+    return round(time.perf_counter() - began, 3)

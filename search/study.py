@@ -1,0 +1,326 @@
+"""Study: trials in a storage that outlives the process: opened, gone on with, asked for points and told of scores.
+
+Optuna's storage holds everything: what the study is (engine, seed, space and the rest, refused where they differ), the points
+to start with, each trial with its scores by task. A trial that a killed process left is evaluated again under its own number,
+so that a search in one process proposes the same points whether or not it was killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
+
+from merging.errors import CuveeError
+from search import engines
+from search.choose import Trial, front
+from search.objective import Goal, Scores
+from search.space import Space
+
+#: From a method's parameters to scores; may raise anything.
+Evaluate: TypeAlias = Callable[[Mapping[str, Any]], Scores]
+NAME = "cuvee"
+JOURNAL, SQLITE = "study.log", "study.db"
+_IDENTITY, _START, _TASKS, _SECONDS, _ERROR, _FLOOR = "cuvee", "start", "tasks", "seconds", "error", "floor"
+_HOPELESS = 8  # failures in a row, where nothing ever succeeded
+_ASK = ".ask"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a study is, and when it ends.
+
+    Attributes:
+        design: the points to start with.
+        identity: what else makes it the same study, by name; JSON.
+        trials: in all, failed ones too.
+        seconds: of work on trials, divided by the workers; None: no limit.
+        no_gain: trials in a row without a better one, after which it ends; None: no limit.
+    """
+
+    space: Space
+    engine: str
+    seed: int
+    design: Sequence[Mapping[str, Any]]
+    trials: int
+    goal: Goal = field(default_factory=Goal)
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    no_gain: int | None = None
+    workers: int = 1
+
+    def plain(self) -> dict[str, Any]:
+        """What must be equal for a study to go on."""
+        goal = {"aggregate": self.goal.aggregate, "weights": dict(self.goal.weights), "floors": dict(self.goal.floors)}
+        mine = {
+            "engine": self.engine,
+            "seed": self.seed,
+            "space": self.space.plain(),
+            "start": list(map(dict, self.design)),
+        }
+        found: dict[str, Any] = json.loads(
+            json.dumps({**mine, "goal": {**goal, "front": list(self.goal.front)}, **self.identity})
+        )
+        return found
+
+
+class Study:
+    """A study that is open in this process."""
+
+    def __init__(self, settings: Settings, study: optuna.Study, folder: Path, where: str) -> None:
+        self.settings, self.optuna, self.folder, self.where = settings, study, folder, where
+        self._distributions = settings.space.distributions()
+
+    def trials(self) -> list[Trial]:
+        """Those that ended, by number."""
+        frozen = self.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
+        return sorted(map(_trial, frozen), key=lambda trial: trial.number)
+
+    def orphans(self) -> list[int]:
+        """Numbers of the trials that began and did not end; only for whoever knows that nobody works on them."""
+        return [t.number for t in self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
+
+    def take(self, number: int) -> optuna.Trial:
+        """A trial that was left, with its point; the point is drawn as it would have been where there was none yet."""
+        frozen = next(t for t in self.optuna.get_trials(deepcopy=False) if t.number == number)
+        trial = optuna.Trial(self.optuna, frozen._trial_id)
+        for name, distribution in self._distributions.items():
+            _suggest(trial, name, distribution)
+        return trial
+
+    def ask(self) -> optuna.Trial | None:
+        """The next trial with its point; None: the search ends. One process asks at a time and knows what others do."""
+        with _locked(self.folder / _ASK):
+            if self.ended() is not None:
+                return None
+            return self.optuna.ask(self._distributions)
+
+    def tell(self, trial: optuna.Trial, scores: Scores | None, seconds: float, error: str = "") -> None:
+        """How a trial ended; without scores, or with some that are none, it failed."""
+        if scores is not None:
+            try:
+                values, below = self.settings.goal.values(scores), self.settings.goal.violations(scores)
+            except CuveeError as problem:
+                scores, error = None, str(problem)
+        trial.set_user_attr(_SECONDS, round(seconds, 6))
+        if scores is None:
+            trial.set_user_attr(_ERROR, error[:2000])
+            self.optuna.tell(trial, state=TrialState.FAIL)
+            return
+        trial.set_user_attr(_TASKS, dict(scores.tasks))
+        for task, violation in below.items():
+            if f"{_FLOOR}:{task}" not in trial.constraints:
+                trial.set_constraint(f"{_FLOOR}:{task}", violation)
+        self.optuna.tell(trial, values)
+
+    def ended(self) -> str | None:
+        """Why the search has ended; None: it goes on."""
+        settings = self.settings
+        frozen = self.optuna.get_trials(deepcopy=False)
+        if sum(trial.state != TrialState.WAITING for trial in frozen) >= settings.trials:
+            return "trials"
+        done = self.trials()
+        if settings.seconds is not None and sum(t.seconds for t in done) / settings.workers >= settings.seconds:
+            return "seconds"
+        if settings.no_gain is not None and _since_gain(done) >= settings.no_gain:
+            return "no_gain"
+        return None
+
+
+def open_study(settings: Settings, folder: Path, storage: str = "journal", where: str = "") -> Study:
+    """Opens the study in a folder, or begins it.
+
+    Args:
+        storage: "journal" or "sqlite", a file in the folder; or a database's URL, in which the study is named after it.
+        where: the configuration's file, for errors.
+
+    Raises:
+        CuveeError: what is there is another study, or the storage cannot be opened; the engine takes fewer objectives.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    objectives = max(1, len(settings.goal.front))
+    engine = engines.refuse_unfit(settings.engine, objectives, where)
+    name = NAME if storage in ("journal", "sqlite") else f"{NAME}:{folder.absolute()}"
+    try:
+        study = optuna.create_study(
+            study_name=name,
+            storage=_storage(storage, folder),
+            sampler=engines.SeededSampler(engine, settings.space, settings.seed),
+            directions=["maximize"] * objectives,
+            load_if_exists=True,
+        )
+        identity = study.user_attrs.get(_IDENTITY)
+        if identity is None:
+            identity = settings.plain()
+            study.set_user_attr(_IDENTITY, identity)
+        _refuse_another(identity, settings.plain(), folder)
+        begun = sum(_START in t.user_attrs for t in study.get_trials(deepcopy=False))
+        for place, point in enumerate(settings.design):
+            if place >= begun:
+                study.enqueue_trial(dict(point), user_attrs={_START: place})
+    except CuveeError:
+        raise
+    except Exception as error:
+        what = f"the study cannot be opened: {type(error).__name__}: {error}"
+        raise CuveeError(what, where=str(folder), mend="see 'storage', or choose another folder") from error
+    return Study(settings, study, folder, where)
+
+
+def work(
+    study: Study, evaluate: Evaluate, *, orphans: Sequence[int] = (), told: Callable[[Trial], None] = lambda trial: None
+) -> None:
+    """Evaluates trials until the study ends: first those that were left, then what is proposed.
+
+    Args:
+        told: called with each trial that ended.
+
+    Raises:
+        CuveeError: nothing but failures.
+    """
+    failures = 0
+    waiting = list(orphans)
+    while True:
+        trial = study.take(waiting.pop(0)) if waiting else study.ask()
+        if trial is None:
+            return
+        began, scores, error = time.perf_counter(), None, ""
+        try:
+            scores = evaluate(study.settings.space.coefficients(trial.params))
+        except Exception as problem:
+            error = str(problem) if isinstance(problem, CuveeError) else f"{type(problem).__name__}: {problem}"
+        study.tell(trial, scores, time.perf_counter() - began, error)
+        done = study.trials()
+        ended = next(t for t in done if t.number == trial.number)
+        told(ended)
+        failures = failures + 1 if ended.error else 0
+        if failures >= _HOPELESS and not any(t.values for t in done):
+            mend = "mend it and start the same command again"
+            raise CuveeError(
+                f"{failures} trials in a row failed, the last one: {ended.error}", where=study.where, mend=mend
+            )
+
+
+def _refuse_another(old: Any, new: Mapping[str, Any], folder: Path) -> None:
+    old = old if isinstance(old, dict) else {}
+    differ = [key for key in new if old.get(key) != new[key]]
+    if differ:
+        mend = "choose another folder, or add --force to begin anew"
+        raise CuveeError(f"holds a study of another {' and '.join(differ)}", where=str(folder), mend=mend)
+
+
+def _storage(storage: str, folder: Path) -> BaseStorage:
+    if storage == "journal":
+        file = folder / JOURNAL
+        with _locked(file.with_name(f".{JOURNAL}.lock")):
+            _mend(file)
+        return JournalStorage(_Journal(file))
+    return RDBStorage(f"sqlite:///{(folder / SQLITE).absolute()}" if storage == "sqlite" else storage)
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal, waiting for the disk once a trial, when it ends, instead of at each of its coordinates.
+
+    A kill of the process loses nothing either way; a failure of the power at most the trial that was at work.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._kernel_lock = file, _KernelLock(file)
+        super().__init__(str(file), lock_obj=self._kernel_lock)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        self._kernel_lock.acquire()
+        try:
+            with open(self._file, "ab") as stream:
+                stream.write(lines.encode("utf-8"))
+                stream.flush()
+                if any("values" in log for log in logs):
+                    os.fsync(stream.fileno())
+        finally:
+            self._kernel_lock.release()
+
+
+class _KernelLock(JournalFileOpenLock):
+    """A lock that goes with the process that holds it; Optuna's own outlives a kill and is waited for."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(str(file))
+        self.file = file.with_name(f".{file.name}.lock")
+        self._held: int | None = None
+
+    def acquire(self) -> bool:
+        self._held = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(self._held, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+
+def _mend(file: Path) -> None:
+    """Takes off half a last line, which a process left that was killed while it wrote: the next would be joined to it."""
+    with suppress(FileNotFoundError), open(file, "r+b") as stream:
+        content = stream.read()
+        if content and not content.endswith(b"\n"):
+            stream.truncate(content.rfind(b"\n") + 1)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> None:
+    if isinstance(distribution, CategoricalDistribution):
+        trial.suggest_categorical(name, distribution.choices)
+    elif isinstance(distribution, IntDistribution):
+        trial.suggest_int(name, distribution.low, distribution.high, log=distribution.log)
+    else:
+        assert isinstance(distribution, FloatDistribution)
+        trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
+
+
+def _trial(frozen: FrozenTrial) -> Trial:
+    failed = frozen.state == TrialState.FAIL
+    violation = sum(max(0.0, value) for value in frozen.constraints.values())
+    return Trial(
+        number=frozen.number,
+        point=dict(frozen.params),
+        values=() if failed else tuple(frozen.values),
+        tasks=frozen.user_attrs.get(_TASKS, {}),
+        feasible=violation == 0,
+        violation=violation,
+        error=frozen.user_attrs.get(_ERROR, "failed") if failed else "",
+        seconds=float(frozen.user_attrs.get(_SECONDS, 0.0)),
+    )
+
+
+def _since_gain(trials: Sequence[Trial]) -> int:
+    """How many trials ended after the last that was better than all before it, or that is on the front."""
+    scored = [trial for trial in trials if trial.values and trial.feasible]
+    if not scored:
+        return 0
+    if len(scored[0].values) > 1:
+        last = max(trial.number for trial in front(scored))
+    else:
+        last = max(scored, key=lambda trial: (trial.values[0], -trial.number)).number
+    return sum(trial.number > last for trial in trials)

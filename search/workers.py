@@ -1,0 +1,134 @@
+"""Trials side by side: processes of their own that share a study, each on its share of the cores, or on a GPU of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from merging.engine import default_threads
+from merging.errors import CuveeError
+from search import config as search_config
+from search.choose import Trial
+from search.config import SearchConfig
+from search.recipes import MergedFolders
+from search.study import Settings, open_study, work
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is told; the configuration travels as its text.
+
+    Attributes:
+        orphans: numbers of trials that an earlier run left, for this worker.
+    """
+
+    text: str
+    where: str
+    storage: str
+    settings: Settings
+    folder: Path
+    scratch: Path
+    device: str
+    threads: int
+    orphans: tuple[int, ...]
+
+
+def search_side_by_side(
+    config: SearchConfig,
+    settings: Settings,
+    folder: Path,
+    scratch: Path,
+    orphans: Sequence[int],
+    *,
+    device: str,
+    told: Callable[[Trial], None],
+) -> None:
+    """Lets `settings.workers` processes evaluate trials until the study ends.
+
+    Raises:
+        CuveeError: of the first worker that fails; the others are stopped, and what they were at is evaluated next time.
+    """
+    context = multiprocessing.get_context("spawn")
+    count = settings.workers
+    processes, open_ends = [], []
+    try:
+        for i in range(count):
+            ours, theirs = context.Pipe(duplex=False)
+            job = Job(
+                text=config.text,
+                where=config.where,
+                storage=config.storage,
+                settings=settings,
+                folder=folder,
+                scratch=scratch / str(i),
+                device=_device(device, i),
+                threads=max(1, default_threads() // count),
+                orphans=tuple(orphans[i::count]),
+            )
+            process = context.Process(target=_work, args=(job, theirs))
+            process.start()
+            theirs.close()
+            processes.append(process)
+            open_ends.append(ours)
+        while open_ends:
+            for ready in wait(open_ends):
+                assert isinstance(ready, Connection)
+                try:
+                    message = ready.recv()
+                except EOFError:
+                    open_ends.remove(ready)
+                    continue
+                if isinstance(message, CuveeError):
+                    raise message
+                told(message)
+        for process in processes:
+            process.join()
+            if process.exitcode:
+                mend = "start the same command again: it goes on"
+                raise CuveeError(f"a worker ended with status {process.exitcode}", where=str(folder), mend=mend)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def _device(device: str, slot: int) -> str:
+    """A GPU for each worker."""
+    if device != "cuda":
+        return device
+    import torch
+
+    return f"cuda:{slot % max(1, torch.cuda.device_count())}"
+
+
+def _work(job: Job, report: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the search that is interrupted ends its workers
+    _die_with_parent()
+    try:
+        config = search_config.parse(job.text, job.where)
+        study = open_study(job.settings, job.folder, job.storage, job.where)
+        evaluate = MergedFolders(config, job.scratch, device=job.device, threads=job.threads)
+        work(study, evaluate, orphans=job.orphans, told=report.send)
+    except CuveeError as error:
+        report.send(CuveeError(error.what, where=error.where, mend=error.mend))
+    finally:
+        report.close()
+
+
+def _die_with_parent() -> None:
+    """A worker that goes on after its search was killed would tell what the next one evaluates again."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

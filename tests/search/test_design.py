@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from merging.errors import CuveeError
+from merging.methods import registry
+from search.design import DEFAULT, POINTS, Start, design
+from search.space import Vary, make_space
+
+SPACE = make_space(registry.get("task_arithmetic"), 4, {})
+
+
+def test_uniform_weights_first_then_sobol() -> None:
+    points = design(SPACE, DEFAULT, seed=0)
+    assert len(points) == POINTS
+    assert [set(point.values()) for point in points[:2]] == [{0.25}, {0.5}]
+    assert points == design(SPACE, DEFAULT, seed=0) != design(SPACE, DEFAULT, seed=1)
+    assert all(0 <= value <= 1 for point in points for value in point.values())
+
+
+def test_one_uniform_point_where_weights_are_divided_by_their_sum() -> None:
+    space = make_space(registry.get("task_arithmetic"), 4, {"normalize": Vary(value=True)})
+    assert [set(p.values()) for p in design(space, (Start("uniform"),), 0)] == [{0.25}]
+
+
+def test_the_users_points_come_in_order_and_only_once() -> None:
+    first = Start("point", values={"weight": [0.1, 0.2, 0.3, 0.4]})
+    points = design(SPACE, (first, Start("point", values={"weight": 0.25}), Start("uniform"), first), 0)
+    assert [list(point.values()) for point in points] == [[0.1, 0.2, 0.3, 0.4], [0.25] * 4, [0.5] * 4]
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"weigth": 1}, "did you mean 'weight'"),
+        ({"weight": [1, 2]}, "a list of 4"),
+        ({"weight": 1.5}, "outside"),
+        ({"weight": "much"}, "must be a number"),
+    ],
+)
+def test_a_point_that_the_space_does_not_hold_is_told_at_its_line(values: dict[str, object], told: str) -> None:
+    with pytest.raises(CuveeError, match=f"^search.yml:7: .*{told}"):
+        design(SPACE, (Start("point", values=values, where="search.yml:7"),), 0)
+
+
+def test_a_previous_study_gives_its_best_points(tmp_path: Path) -> None:
+    rows = [
+        {
+            "state": "COMPLETE",
+            "feasible": share < 0.8,
+            "values": [share],
+            "point": {f"weight.{i}": share for i in range(3)},
+        }
+        for share in (0.1, 0.7, 0.9, 0.5)
+    ]
+    lines = [json.dumps(row) for row in [*rows, {"state": "FAIL"}]]
+    (tmp_path / "trials.jsonl").write_text("\n".join(lines) + "\n")
+    points = design(SPACE, (Start("study", study=str(tmp_path)),), 0)
+    assert [point["weight.0"] for point in points] == [0.7, 0.5, 0.1, 0.9]
+    assert points[0]["weight.3"] == 0.5, "what did not vary there is in the middle"
+    with pytest.raises(CuveeError, match="holds no study"):
+        design(SPACE, (Start("study", study=str(tmp_path / "none")),), 0)

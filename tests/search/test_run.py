@@ -1,0 +1,176 @@
+"""`cuvee search` end to end on tiny models: the search finds the coefficients that a model was made of."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from merging import engine
+from tests.checkpoints import floats, read_model, tiny, write_model
+from tests.commands import run, start
+
+SHARES = (0.3, 0.7)
+SCORE = """\
+import time
+from pathlib import Path
+import numpy as np
+from safetensors.numpy import load_file
+
+def near(folder):
+    places = folder, Path(__file__).parent / "wanted"
+    found, wanted = (load_file(place / "model.safetensors") for place in places)
+    off = {name: float(np.square(found[name] - wanted[name]).mean()) for name in wanted}
+    return {"embeddings": -off.pop("embeddings.weight"), "layers": -sum(off.values())}
+
+def slow(folder):
+    time.sleep(0.15)
+    return sum(near(folder).values())
+
+def broken(folder):
+    raise RuntimeError("no data")
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Two models, their base, and the model to find: the base and 0.3 and 0.7 of what they have learnt."""
+    base, models = tiny(0), [tiny(1), tiny(2)]
+    for name, model in {"base": base, "a": models[0], "b": models[1]}.items():
+        write_model(tmp_path / name, model)
+    learnt = {name: [np.asarray(model[name]) - base[name] for model in models] for name in base}
+    wanted = {name: base[name] + sum(s * t for s, t in zip(SHARES, learnt[name], strict=True)) for name in base}
+    write_model(tmp_path / "wanted", {name: np.asarray(values, np.float32) for name, values in wanted.items()})
+    (tmp_path / "score.py").write_text(SCORE)
+    return tmp_path
+
+
+def write(place: Path, **said: Any) -> Path:
+    content = {
+        **{"base_model": "base", "models": ["a", "b"], "objective": {"function": "score:near"}, "trials": 12},
+        **said,
+    }
+    file = place / "search.yml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file
+
+
+def rows(run_folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_folder / "trials.jsonl").read_text().splitlines()]
+
+
+def points(run_folder: Path) -> list[Any]:
+    return [(row["number"], row["point"], row["values"]) for row in rows(run_folder)]
+
+
+def test_a_search_finds_what_the_wanted_model_was_made_of(place: Path) -> None:
+    out = place / "out"
+    done = run("search", write(place, trials=16), out, "--json", cwd=place)
+    assert done.code == 0, done.err
+    result = done.json
+    assert {"command", "out", "seconds", "seed", "device", "cuvee_version"} <= result.keys()
+    assert result["best"]["coefficients"]["weight"] == pytest.approx(SHARES, abs=0.05)
+    assert (result["trials"], result["failed"]) == (16, 0)
+    assert result["scores"].keys() == {"embeddings", "layers"}
+    assert len(rows(out)) == 16 and len((out / "trials.csv").read_text().splitlines()) == 17
+    assert not (out / ".scratch").exists()
+    engine.merge_file(out / "best.yml", place / "again")
+    assert read_model(place / "again") == read_model(out / "model"), "best.yml is ready for cuvee merge"
+
+
+def test_a_search_that_is_done_is_not_done_again(place: Path) -> None:
+    file, out = write(place, engine="random", trials=3), place / "out"
+    first = run("search", file, out, "--json").json
+    (place / "score.py").write_text("def near(folder): raise SystemExit(9)\n")
+    again = run("search", file, out, "--json")
+    assert again.code == 0 and again.json["best"] == first["best"]
+
+
+def test_a_killed_search_goes_on_as_if_nothing_had_been(place: Path) -> None:
+    file = write(place, engine="tpe", objective={"function": "score:slow"})
+    assert run("search", file, place / "whole").code == 0
+    search = start("search", file, place / "killed")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (
+        (place / "killed" / "trials.jsonl").exists() and len(rows(place / "killed")) >= 9
+    ):
+        time.sleep(0.01)
+    search.kill()
+    assert search.wait().code < 0
+    assert run("search", file, place / "killed").code == 0
+    assert points(place / "killed") == points(place / "whole")
+    assert (place / "killed/best.yml").read_text() == (place / "whole/best.yml").read_text()
+
+
+def test_workers_share_a_study(place: Path) -> None:
+    done = run("search", write(place, engine="random"), place / "out", "--workers", "2", "--json")
+    assert done.code == 0, done.err
+    assert [row["number"] for row in rows(place / "out")] == list(range(12))
+    assert len({str(row["point"]) for row in rows(place / "out")}) == 12
+
+
+def test_layers_have_coefficients_of_their_own(place: Path) -> None:
+    vary = {"weight": {"low": 0, "high": 1, "per": "layers"}}
+    done = run("search", write(place, vary=vary, engine="random", trials=3), place / "out", "--json")
+    assert done.code == 0, done.err
+    weight = done.json["best"]["coefficients"]["weight"]
+    assert weight.keys() == {"embeddings", "layer.0", "layer.1"}
+    base, found, a, b = (read_model(place / name) for name in ("base", "out/model", "a", "b"))
+    for name in base:
+        group = next(group for group in weight if name.startswith(f"{group}."))
+        own = floats(base[name])
+        expected = own + sum(w * (floats(m[name]) - own) for w, m in zip(weight[group], (a, b), strict=True))
+        np.testing.assert_allclose(floats(found[name]), expected, atol=1e-5)
+
+
+def test_a_front(place: Path) -> None:
+    objective = {"function": "score:near", "front": ["embeddings", "layers"]}
+    done = run("search", write(place, objective=objective, engine="random", trials=6), place / "out", "--json")
+    assert done.code == 0, done.err
+    front = json.loads((place / "out/front.json").read_text())
+    assert done.json["best"]["trial"] in [point["trial"] for point in front]
+    assert len(done.json["best"]["score"]) == 2
+
+
+def test_a_plan_writes_nothing(place: Path) -> None:
+    done = run("search", write(place), place / "out", "--dry-run", "--json")
+    assert done.code == 0 and done.json["dimensions"] == ["weight.0", "weight.1"]
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            {"objective": {"function": "nowhere:near"}},
+            "search.yml:5: 'nowhere' cannot be imported: ModuleNotFoundError",
+        ),
+        ({"objective": {"function": "score:far"}}, "search.yml:5: 'score' has no function 'far'"),
+        ({"objective": {"function": "score:broken"}}, "8 trials in a row failed, the last one: RuntimeError: no data"),
+        ({"engine": "gpp"}, "search.yml:8: no engine 'gpp'; did you mean 'gp'?"),
+        ({"base_model": None}, "'task_arithmetic' needs a base; add 'base_model:'"),
+        ({"models": ["a", "c"]}, "c: "),
+    ],
+)
+def test_a_users_mistake_is_one_line(place: Path, said: dict[str, Any], told: str) -> None:
+    done = run("search", write(place, **said), place / "out")
+    assert done.code == 2, done.err
+    assert told in done.err.splitlines()[-1], done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_folder_of_something_else_is_left_alone(place: Path) -> None:
+    file, out = write(place, engine="random", trials=2), place / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert "none of our outputs" in run("search", file, out, "--force").err
+    (out / "thesis.txt").unlink()
+    assert run("search", file, out).code == 0
+    other = write(place, engine="random", trials=2, seed=1)
+    assert "holds a study of another seed" in run("search", other, out).err
+    assert run("search", other, out, "--force").code == 0
