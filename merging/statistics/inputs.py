@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from merging.statistics.network import Network
 
 
+_BLOCK = 512  # columns of a Gram matrix at a time
+
+
 class Ragged(Exception):
     """A layer reads rows of which nobody can say which are padding: it wants batches without any."""
 
@@ -127,9 +130,12 @@ class InputSums:
 
     def means(self) -> dict[str, torch.Tensor]:
         """By weight, float32: the mean over rows, of the shape that the folder wants; without layers that read none."""
-        return {
-            weight: (self._sums[weight].value() / rows).float() for weight, rows in self.rows.items() if rows
-        }  # in the layers' order, also where a run has gone on
+        found = {}
+        for weight, rows in self.rows.items():  # in the layers' order, also where a run has gone on
+            if rows:
+                mean = (self._sums[weight].value() / rows).float()
+                found[weight] = mean.triu() + mean.triu(1).T if self.kind == "gram" else mean
+        return found
 
     @property
     def axes(self) -> dict[str, int]:
@@ -173,7 +179,7 @@ class InputSums:
         elif values is not seen:  # query, key and value read the same
             own = self._rows(values)
             rows = len(own)
-            sums = own.square().sum(0) if self.kind == "moments" else own.T @ own
+            sums = own.square().sum(0) if self.kind == "moments" else _upper_gram(own)
             self._last = (values, sums, rows)
         assert sums is not None
         if not rows:
@@ -199,6 +205,17 @@ class InputSums:
 
 def _stop(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     raise _Enough
+
+
+def _upper_gram(rows: torch.Tensor) -> torch.Tensor:
+    """rows^T rows, (in, in); below the diagonal, where it says the same again, only what is quicker done than left out."""
+    width = rows.shape[1]
+    if width <= _BLOCK:
+        return rows.T @ rows
+    found = rows.new_zeros((width, width))
+    for start in range(0, width, _BLOCK):
+        found[start : start + _BLOCK, start:] = rows[:, start : start + _BLOCK].T @ rows[:, start:]
+    return found
 
 
 def _convolved(module: Any, values: torch.Tensor) -> tuple[torch.Tensor, int]:
