@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from merging.views import View
 
 if TYPE_CHECKING:
     from merging.progress import Work
+
+_BYTES = 6  # of a number's sum at least
 
 
 def collect(
@@ -99,6 +102,7 @@ def collect(
     if complete:
         settings |= {"temperature": temperature, "candidates": candidates}
     job = _job(kind, network, calibration, settings, seed, batch_size, note)
+    refuse_too_much(job.parameters, device)
     result: dict[str, Any] = {
         "command": "stats",
         "out": str(out),
@@ -162,6 +166,33 @@ def _job(
     from merging.statistics.input_job import input_job
 
     return input_job(kind, network, calibration, seed, batch_size, note)
+
+
+def refuse_too_much(numbers: int, device: str) -> None:
+    """Before the first text: what a machine kills for its memory leaves no word.
+
+    Args:
+        numbers: to be summed.
+
+    Raises:
+        StatsError: their sums do not fit into what is free.
+    """
+    wanted, free = numbers * _BYTES, _free(device)
+    if free is not None and wanted > free:
+        what = f"the sums take {wanted / 1e9:,.1f} GB, of which {free / 1e9:,.1f} are free"
+        raise StatsError(what, where=f"device {device}", mend="choose --kind moments, or a larger machine")
+
+
+def _free(device: str) -> int | None:
+    """Bytes that are free on a device; None where nobody says."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10
+    return None
 
 
 def _refuse_settings(kind: str, head: str, batch_size: int | None, max_length: int | None, temperature: float) -> None:

@@ -19,6 +19,7 @@ from merging.checkpoint import Checkpoint
 from merging.lineage import weights_digest
 from merging.statistics import collect, combine, fingerprint, open_statistics
 from merging.statistics import resume as resuming
+from merging.statistics.collect import refuse_too_much
 from merging.statistics.job import micro_batches
 from tests.commands import ROOT, environment, run
 from tests.merging.statistics.models import classifier, model, sentences
@@ -252,6 +253,12 @@ def test_mistakes_are_told_in_one_line_and_leave_nothing(
         collect(out=tmp_path / "s", **own)
     assert "\n" not in str(error.value)
     assert [file.name for file in tmp_path.iterdir()] == ["texts.txt"]
+
+
+def test_sums_that_do_not_fit_are_refused_before_the_first_text() -> None:
+    refuse_too_much(1000, "cpu")
+    with pytest.raises(CuveeError, match=r"take 6,000,000,000\.0 GB.*--kind moments"):
+        refuse_too_much(10**18, "cpu")
 
 
 def test_an_existing_folder_costs_no_work(gpt2: Path, data: Path, tmp_path: Path) -> None:
