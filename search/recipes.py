@@ -9,6 +9,7 @@ from typing import Any
 
 from merging import engine
 from merging.errors import CuveeError
+from merging.live_recipe import filters_of
 from merging.recipe import Recipe
 from search.config import SearchConfig
 from search.objective import Candidate, Objective, Scores
@@ -70,20 +71,9 @@ def recipe_of(
 
 
 def _conditions(by_group: Mapping[str, Any], per: str, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Filters that give each tensor its group's value: a part of names where one tells the group, else whole names.
-
-    Filters are parts of names and the first that matches holds; so whole names go last, the longest first.
-    """
-    grouping = GROUPINGS[per]
-    short, long = [], []
-    for group, value in by_group.items():
-        mine = {name for name in names if grouping(name) == group}
-        part = next((part for part in (f"{group}.", group) if {n for n in names if part in n} == mine), None)
-        if part:
-            short.append({"filter": part, "value": value})
-        else:
-            long += [{"filter": name, "value": value} for name in mine]
-    return [*short, *sorted(long, key=lambda condition: (-len(condition["filter"]), condition["filter"]))]
+    """Filters that give each tensor its group's value."""
+    filters = filters_of({name: GROUPINGS[per](name) for name in names})
+    return [{"filter": part, "value": by_group[group]} for part, group in filters]
 
 
 class MergedFolders:

@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from search.config import SearchConfig
 from search.design import TRIALS, design
 from search.recipes import MergedFolders, check, recipe_of, space_of, tensor_names
 from search.space import Space
-from search.study import JOURNAL, SQLITE, Settings, Study, open_study, work
+from search.study import JOURNAL, SQLITE, Settings, Study, forget, open_study, work
 from search.workers import search_side_by_side
 
 TABLE, BEST, MODEL, FRONT = "trials.csv", "best.yml", "model", "front.json"
@@ -80,9 +81,15 @@ def search_run(
         return {**summary, "dry_run": True, "trials": settings.trials, "start": starts, "seconds": _since(began)}
     with alone(run):
         if force:
+            forget(run, config.storage)
             _clear(run)
-        begun = {**summary, "state": "begun"}
-        if not (run / lineage.FILE).is_file():
+        storage = config.storage if "://" not in config.storage else "database"
+        begun = {**summary, "state": "begun", "storage": storage}
+        if (run / lineage.FILE).is_file():
+            if lineage.read(run).get("storage", storage) != storage:
+                mend = "choose another folder, or add --force to begin anew"
+                raise CuveeError("holds a study in another storage", where=str(run), mend=mend)
+        else:
             write_whole(run / lineage.FILE, lineage.text(begun))  # first: what holds it is ours, wherever we are killed
         study = open_study(settings, run, config.storage, config.where)
         _search(study, config, run, device, progress, note)
@@ -96,7 +103,8 @@ def search_run(
         _write_model(config, space, found, run, device)
         summary["seconds"] = _since(began)
         result = {**summary, **_result(space, trials, found, study), "model": str(run / MODEL), "workers": workers}
-        content = {**result, "state": "done", "config": config.text, "study": settings.plain()}
+        text = re.sub(r"://[^@/\s]*@", "://", config.text)  # a database's password is nobody's lineage
+        content = {**result, "state": "done", "storage": storage, "config": text, "study": settings.plain()}
         content["versions"] = lineage.versions("optuna", "scikit-optimize", "cmaes", "greenlet", "torch", "numpy")
         write_whole(run / lineage.FILE, lineage.text(content))
         return result

@@ -152,10 +152,9 @@ def open_study(settings: Settings, folder: Path, storage: str = "journal", where
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     objectives = max(1, len(settings.goal.front))
     engine = engines.refuse_unfit(settings.engine, objectives, where)
-    name = NAME if storage in ("journal", "sqlite") else f"{NAME}:{folder.absolute()}"
     try:
         study = optuna.create_study(
-            study_name=name,
+            study_name=_name(storage, folder),
             storage=_storage(storage, folder),
             sampler=engines.SeededSampler(engine, settings.space, settings.seed),
             directions=["maximize"] * objectives,
@@ -176,6 +175,21 @@ def open_study(settings: Settings, folder: Path, storage: str = "journal", where
         what = f"the study cannot be opened: {type(error).__name__}: {error}"
         raise CuveeError(what, where=str(folder), mend="see 'storage', or choose another folder") from error
     return Study(settings, study, folder, where)
+
+
+def forget(folder: Path, storage: str) -> None:
+    """Deletes the study of a folder from a database; a file in the folder is the caller's.
+
+    Raises:
+        CuveeError: the database cannot be reached.
+    """
+    if "://" not in storage:
+        return
+    try:
+        with suppress(KeyError):
+            optuna.delete_study(study_name=_name(storage, folder), storage=storage)
+    except Exception as error:
+        raise CuveeError(f"the study cannot be deleted: {type(error).__name__}: {error}", where=str(folder)) from error
 
 
 def work(
@@ -218,6 +232,10 @@ def _refuse_another(old: Any, new: Mapping[str, Any], folder: Path) -> None:
     if differ:
         mend = "choose another folder, or add --force to begin anew"
         raise CuveeError(f"holds a study of another {' and '.join(differ)}", where=str(folder), mend=mend)
+
+
+def _name(storage: str, folder: Path) -> str:
+    return f"{NAME}:{folder.absolute()}" if "://" in storage else NAME
 
 
 def _storage(storage: str, folder: Path) -> BaseStorage:

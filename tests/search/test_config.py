@@ -11,6 +11,7 @@ from search.config import SearchConfig, Until
 from search.design import Start
 from search.objective import Goal
 from search.space import Vary
+from tests.commands import code_blocks
 
 GOOD = """\
 base_model: base
@@ -141,3 +142,11 @@ def test_a_file_is_read(folder: Path) -> None:
     (folder / "search.yml").write_text(GOOD)
     config = search_config.load(folder / "search.yml")
     assert config.at("engine") == f"{folder}{os.sep}search.yml:12"
+
+
+def test_the_pages_configuration_is_one(folder: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "search.md"
+    configurations = code_blocks(page, "yaml")
+    assert configurations
+    for text in configurations:
+        assert parse(folder, text).models

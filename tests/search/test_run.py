@@ -174,3 +174,12 @@ def test_a_folder_of_something_else_is_left_alone(place: Path) -> None:
     other = write(place, engine="random", trials=2, seed=1)
     assert "holds a study of another seed" in run("search", other, out).err
     assert run("search", other, out, "--force").code == 0
+
+
+def test_a_study_in_a_database_by_its_url(place: Path) -> None:
+    file = write(place, engine="random", trials=2, storage=f"sqlite:///{place}/all.db")
+    first, second = (run("search", file, place / name, "--json") for name in ("one", "two"))
+    assert (first.json["trials"], second.json["trials"]) == (2, 2), "each folder has a study of its own"
+    again = run("search", file, place / "one", "--force", "--until", "trials=3", "--json")
+    assert again.json["trials"] == 3 and [row["number"] for row in rows(place / "one")] == [0, 1, 2]
+    assert "another storage" in run("search", write(place, trials=2), place / "one").err
