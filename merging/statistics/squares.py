@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: Bytes of the largest temporary, unless a caller says otherwise.
 BUDGET = 1 << 26
 #: Bytes of the block in which gradients are formed and squared on a processor: what its cache holds.
-CACHE_BYTES = 1 << 20
+CACHE_BYTES = 1 << 21
 
 
 @dataclass(frozen=True)
