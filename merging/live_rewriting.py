@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from merging import kernels
 from merging.checkpoint import FLOATING
 from merging.errors import MergeError
 from merging.execution import Execution
@@ -45,6 +46,8 @@ class Rewriting(Execution):
 
     def __init__(self, plan: Plan, seed: int, backend: str, device: str, threads: int) -> None:
         super().__init__(plan, seed, backend, device, threads, None)
+        # Sums must be those of `cuvee merge`, which for little work are numpy's; to store, compiled kernels always pay.
+        self._storing = kernels.load(backend, device)
         if any("gram" in step.method.statistics for step in plan.steps):
             importlib.import_module("scipy.linalg")  # now, so that the limit holds for its BLAS too
         self._blas = ThreadpoolController()
@@ -78,7 +81,7 @@ class Rewriting(Execution):
                 held, action = self._held(step, holder, base, weight is not None)
                 self.held[step.name] = held
                 if weight is not None:
-                    self.targets[step.name] = Target(weight, self.kernels)
+                    self.targets[step.name] = Target(weight, self._storing)
                 kept[step.name] = replace(step, action=action)
 
         for step in self.plan.steps:
@@ -191,7 +194,7 @@ class Rewriting(Execution):
         if not self.kernels.on_host:
             self.kernels.enter_thread()
         columns = 1 if part.right is None else part.right.shape[1]
-        size = max(1, (BLOCK if self.kernels.on_host else _DEVICE_BLOCK) // columns) * columns
+        size = max(1, self._block(held, target, part) // columns) * columns
         finite = True
         for start in range(part.start, part.stop, size):
             stop = min(start + size, part.stop)
@@ -206,9 +209,16 @@ class Rewriting(Execution):
         if not finite:
             raise not_finite(part.step.name)
 
+    def _block(self, held: Held, target: Target, part: _Slice) -> int:
+        """Elements to go over at a time: what goes over them more than once must find them in the cache."""
+        if not self.kernels.on_host:
+            return _DEVICE_BLOCK
+        once = part.left is None and len(held.whole) == len(held.models) and target.direct(0, 0) is not None
+        return part.stop - part.start if once else BLOCK
+
     def _weighted_sum(self, held: Held, final: Final, start: int, out: Values) -> bool:
         """The models held whole, and the bases of the others."""
-        kernels, stop = self.kernels, start + len(out)
+        stop = start + len(out)
         if len(held.whole) == len(held.models):
             factors, others = final.factors, 0.0
         else:
@@ -219,11 +229,11 @@ class Rewriting(Execution):
             return True
         if held.deltas:
             scale = 1.0 if final.of_deltas else float(final.factors.sum())
-            return bool(kernels.blend_deltas(factors, held.rows, held.base, scale, start, out))
-        finite = kernels.blend(factors, held.rows, held.base if final.of_deltas else None, start, out)
+            return bool(self.kernels.blend_deltas(factors, held.rows, held.base, scale, start, out))
+        finite = self.kernels.blend(factors, held.rows, held.base if final.of_deltas else None, start, out)
         if others and not final.of_deltas:
             out += held.base[start:stop] * others
-            finite = not kernels.on_host or kernels.finite(out)
+            finite = not self.kernels.on_host or self.kernels.finite(out)
         return bool(finite)
 
     def _restore(self, step: Step) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numba
 import numpy as np
 from numba import boolean, float32, float64, int64, uint8, uint16, uint32, uint64, void
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from merging.kernels import reference
@@ -120,30 +121,49 @@ def combine(weights, values, out):
                 block[i] += row[i] * w
 
 
+@intrinsic
+def _as_float(context, bits):
+    """uint32 bits as the float32 that they are."""
+    return float32(uint32), lambda context, builder, signature, arguments: builder.bitcast(
+        arguments[0], context.get_value_type(float32)
+    )
+
+
+@numba.njit(inline="always")
+def _wide(bits):
+    return _as_float(np.uint32(np.uint32(bits) << np.uint32(16)))
+
+
 @_compile(boolean(float32[::1], float32[:, ::1], float32[::1], boolean, int64, float32[::1], uint32[::1]))
 def _blend(factors, models, base, of_deltas, start, out, bits):
+    """Three rows at a time, added from left to right: one after the other in the same roundings, in fewer passes."""
     top = np.uint32(0)
+    head = (factors.size - 1) % 3 + 1
+    zero = np.zeros(_LANE, np.float32)  # x − 0 is x to the bit
     for first in range(0, out.size, _LANE):
         block, own = out[first : first + _LANE], bits[first : first + _LANE]
         begin = start + first
-        if of_deltas:
-            origin, row, factor = base[begin : begin + _LANE], models[0, begin : begin + _LANE], factors[0]
+        end = begin + block.size
+        origin = base[begin:end] if of_deltas else zero[: block.size]
+        a, b, c = models[0, begin:end], models[head // 2, begin:end], models[head - 1, begin:end]
+        u, v, w = factors[0], factors[head // 2], factors[head - 1]
+        if head == 1:
             for i in range(block.size):
-                block[i] = (row[i] - origin[i]) * factor
-            for k in range(1, factors.size):
-                row, factor = models[k, begin : begin + _LANE], factors[k]
-                for i in range(block.size):
-                    block[i] += (row[i] - origin[i]) * factor
+                block[i] = (a[i] - origin[i]) * u
+        elif head == 2:
+            for i in range(block.size):
+                block[i] = (a[i] - origin[i]) * u + (c[i] - origin[i]) * w
+        else:
+            for i in range(block.size):
+                block[i] = (a[i] - origin[i]) * u + (b[i] - origin[i]) * v + (c[i] - origin[i]) * w
+        for k in range(head, factors.size, 3):
+            a, b, c = models[k, begin:end], models[k + 1, begin:end], models[k + 2, begin:end]
+            u, v, w = factors[k], factors[k + 1], factors[k + 2]
+            for i in range(block.size):
+                block[i] = block[i] + (a[i] - origin[i]) * u + (b[i] - origin[i]) * v + (c[i] - origin[i]) * w
+        if of_deltas:
             for i in range(block.size):
                 block[i] += origin[i]
-        else:
-            row, factor = models[0, begin : begin + _LANE], factors[0]
-            for i in range(block.size):
-                block[i] = row[i] * factor
-            for k in range(1, factors.size):
-                row, factor = models[k, begin : begin + _LANE], factors[k]
-                for i in range(block.size):
-                    block[i] += row[i] * factor
         for i in range(own.size):
             top = max(top, np.uint32(own[i] & np.uint32(0x7FFFFFFF)))
     return top < 0x7F800000
@@ -151,23 +171,29 @@ def _blend(factors, models, base, of_deltas, start, out, bits):
 
 @_compile(boolean(float32[::1], uint16[:, ::1], float32[::1], float32, int64, float32[::1], uint32[::1]))
 def _blend_bf16(factors, deltas, base, scale, start, out, bits):
-    wide = np.empty(_LANE, np.uint32)
-    values = wide.view(np.float32)
     top = np.uint32(0)
+    head = (factors.size - 1) % 3 + 1
     for first in range(0, out.size, _LANE):
         block, own = out[first : first + _LANE], bits[first : first + _LANE]
         begin = start + first
-        for k in range(factors.size):
-            row, factor = deltas[k, begin : begin + _LANE], factors[k]
+        end = begin + block.size
+        a, b, c = deltas[0, begin:end], deltas[head // 2, begin:end], deltas[head - 1, begin:end]
+        u, v, w = factors[0], factors[head // 2], factors[head - 1]
+        if head == 1:
             for i in range(block.size):
-                wide[i] = np.uint32(row[i]) << np.uint32(16)
-            if k == 0:
-                for i in range(block.size):
-                    block[i] = values[i] * factor
-            else:
-                for i in range(block.size):
-                    block[i] += values[i] * factor
-        origin = base[begin : begin + _LANE]
+                block[i] = _wide(a[i]) * u
+        elif head == 2:
+            for i in range(block.size):
+                block[i] = _wide(a[i]) * u + _wide(c[i]) * w
+        else:
+            for i in range(block.size):
+                block[i] = _wide(a[i]) * u + _wide(b[i]) * v + _wide(c[i]) * w
+        for k in range(head, factors.size, 3):
+            a, b, c = deltas[k, begin:end], deltas[k + 1, begin:end], deltas[k + 2, begin:end]
+            u, v, w = factors[k], factors[k + 1], factors[k + 2]
+            for i in range(block.size):
+                block[i] = block[i] + _wide(a[i]) * u + _wide(b[i]) * v + _wide(c[i]) * w
+        origin = base[begin:end]
         for i in range(block.size):
             block[i] += origin[i] * scale
         for i in range(own.size):

@@ -22,6 +22,7 @@ from merging.live import LiveMerge
 from merging.live_recipe import filters_of
 from merging.methods import METHODS, Method
 from tests.architectures import Family, build
+from tests.commands import ROOT, code_blocks
 from tests.conftest import MiniLMFamily
 from tests.handmade_statistics import write_stats
 from tests.oracles.settings import SETTINGS, count_of, parameters_of
@@ -134,6 +135,15 @@ def test_minilm_comes_back_and_embeds_like_the_specialist(minilm_family: MiniLMF
     live.reset()
     assert all(torch.equal(value, start[name]) for name, value in bits(model).items())
     np.testing.assert_array_equal(model.encode(texts), before)
+
+
+def test_the_documented_code_runs(minilm_family: MiniLMFamily, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, folder in zip(("base", "specialist-a", "specialist-b"), minilm_family.specialists, strict=True):
+        (tmp_path / name).symlink_to(minilm_family.base if name == "base" else folder)
+    (code,) = code_blocks(ROOT / "docs" / "live.md", "python")
+    exec(code, {})
+    merging.merge(Recipe.load("recipe.yml"), "OUT", dry_run=True)
 
 
 # ---- every method, every kind of model ----
