@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,12 +39,17 @@ def fisher(
     weight: Weights = 1.0,  # type: ignore[assignment]
     normalize: Annotated[bool, "divide each model's weight by the norm of its Fisher"] = True,
     floor: Annotated[float, Range(low=0), "a smaller Fisher counts as this"] = 1e-6,
+    floor_is: Annotated[
+        Literal["relative", "absolute"], "a share of the model's root mean square Fisher, or F as it is"
+    ] = "relative",
 ) -> Final:
     """Σ wᵢFᵢθᵢ / Σ wᵢFᵢ, Fᵢ the diagonal of the Fisher information of model i (`cuvee stats --kind fisher`).
 
-    With `normalize` wᵢ is divided by ‖Fᵢ‖₂ over the whole model, so that no model's Fisher drowns the others'; the floor lies
-    under F as it is, both as in the authors' code. Where all F are 0, and in tensors of which a model has no Fisher, the
-    plain mean weighted by wᵢ. Equal F for all gives `linear`.
+    With `normalize` wᵢ is divided by ‖Fᵢ‖₂ over the whole model, as in the authors' code, so that no model's Fisher drowns the
+    others'. `floor_is: absolute` is their floor, under F as it is; divided by norms that differ, it gives what no text has
+    touched (most rows of an embedding) to the model with the smallest norm. `relative` (ours) is the same share of every
+    model's root mean square: the scale of F changes nothing then, and what nobody cares about is averaged. Where all F are
+    0, and in tensors of which a model has no Fisher, the plain mean weighted by wᵢ. Equal F for all gives `linear`.
     """
     mean = shares(weight)
     if not all(x.known):
@@ -52,15 +57,17 @@ def fisher(
             x.note("averaged, because only some of the models have its Fisher")
         return x.combine(mean)
     squares, under, count = x.surveys[0]
-    for share in under / np.maximum(count, 1):
-        if share > 0.5:
-            x.note(f"more than half of a model's Fisher lies under the floor of {floor:g}: set a smaller 'floor'", True)
-    norms = np.sqrt(squares)
-    factors = np.asarray(weight) / np.where(norms > 0, norms, 1.0) if normalize else np.asarray(weight, np.float64)
+    if floor_is == "absolute" and (under > 0.999 * count).any():
+        x.note(f"nearly all of a model's Fisher lies under the floor of {floor:g}: set a smaller 'floor'", True)
+    norms = np.where(squares > 0, np.sqrt(squares), 1.0)
+    units = np.where(squares > 0, np.sqrt(squares / count), 1.0) if floor_is == "relative" else np.ones(len(mean))
+    factors = np.asarray(weight) * units / (norms if normalize else 1.0)
     scaled = x.kernels.vector(factors / factors.max())  # only their ratios matter; these cannot overflow
-    means = x.kernels.vector(mean)
+    means, shrink = x.kernels.vector(mean), x.kernels.vector(1 / units)[:, None]
 
     def run(chunk: Chunk) -> Values:
+        if floor_is == "relative":
+            chunk.statistics *= shrink
         x.kernels.weigh(chunk.models, chunk.statistics, scaled, means, floor, chunk.out)
         return chunk.out
 

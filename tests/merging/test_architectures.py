@@ -46,10 +46,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "nearswap": {"t": 0.01},
     "ram": {"epsilon": 0.01},
     "ramplus_tl": {"epsilon": 0.01},
-    "fisher": {
-        "weight": [0.5, 1.0, 0.25],
-        "normalize": False,
-    },  # the norm is the whole model's, the oracle sees a tensor
+    # Norms are the whole model's, and the oracle sees a tensor.
+    "fisher": {"weight": [0.5, 1.0, 0.25], "normalize": False, "floor_is": "absolute"},
     "regmean": {"weight": [0.5, 1.0, 0.25], "damping": 0.01},
     "obim": {"density": [0.5, 0.25, 0.5], "lambda": 0.5},
 }

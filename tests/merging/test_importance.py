@@ -73,15 +73,15 @@ def test_fisher_does_not_mind_the_order(
 def test_fisher_of_another_scale_changes_nothing(
     shape: tuple[int, ...], count: int, seed: int, scales: list[float]
 ) -> None:
-    """Normalised, not even where each model's has its own scale; the floor, which lies under F as it is, apart."""
+    """Normalised, not even where each model's has its own scale; nor does the floor know a scale."""
     models, fishers = some_models(shape, count, seed), some_fishers(shape, count, seed)
     scaled = [np.float32(scale) * each for scale, each in zip(scales, fishers, strict=False)]
     alike = [np.float32(scales[0]) * each for each in fishers]
-    first = merging.apply("fisher", None, models, statistics=fishers, floor=0.0)
-    second = merging.apply("fisher", None, models, statistics=scaled, floor=0.0)
+    first = merging.apply("fisher", None, models, statistics=fishers)
+    second = merging.apply("fisher", None, models, statistics=scaled)
     np.testing.assert_allclose(first, second, **closeness(models))
-    first = merging.apply("fisher", None, models, statistics=fishers, floor=0.0, normalize=False)
-    second = merging.apply("fisher", None, models, statistics=alike, floor=0.0, normalize=False)
+    first = merging.apply("fisher", None, models, statistics=fishers, normalize=False)
+    second = merging.apply("fisher", None, models, statistics=alike, normalize=False)
     np.testing.assert_allclose(first, second, **closeness(models))
 
 
@@ -113,9 +113,19 @@ def test_where_one_model_alone_cares_it_gets_its_way() -> None:
 def test_a_floor_above_all_fishers_gives_the_mean_and_says_so() -> None:
     models, fishers = some_models((5, 4), 3, 0), some_fishers((5, 4), 3, 0)
     notes: list[str] = []
-    merged = merging.apply("fisher", None, models, statistics=fishers, floor=100.0, normalize=False, note=notes.append)
+    absolute = {"floor": 100.0, "floor_is": "absolute", "normalize": False}
+    merged = merging.apply("fisher", None, models, statistics=fishers, note=notes.append, **absolute)
     np.testing.assert_allclose(merged, np.mean(models, axis=0), **closeness(models))
     assert notes and "set a smaller 'floor'" in notes[0]
+
+
+def test_what_no_text_has_touched_is_averaged_and_not_the_model_with_the_smallest_fisher() -> None:
+    models = [np.float32([1, 1, 1]), np.float32([5, 5, 5])]
+    fishers = [np.float32([1, 2, 0]), np.float32([1e-4, 1e-4, 0])]
+    assert merging.apply("fisher", None, models, statistics=fishers)[2] == 3
+    assert (
+        merging.apply("fisher", None, models, statistics=fishers, floor_is="absolute")[2] > 4.99
+    )  # the authors' floor
 
 
 def test_tensors_of_which_a_model_has_no_fisher_are_averaged() -> None:

@@ -65,23 +65,28 @@ def merged(family: Family, out: Path, method: str, kind: str, **parameters: Any)
 
 
 def assert_equals(
-    family: Family, result: dict[str, Array], method: str, kind: str, roundings: float = 8, **parameters: Any
+    family: Family, result: dict[str, Array], method: str, kind: str, units: Any = (1.0, 1.0, 1.0), **parameters: Any
 ) -> None:
+    """Within eight roundings; statistics are divided by `units`."""
     assert result.keys() == family.base.keys()
     for name, tensor in result.items():
-        statistics = [stats.array(name) if name in stats else None for stats in family.stats[kind]]
+        statistics = [
+            stats.array(name) / unit if name in stats else None
+            for stats, unit in zip(family.stats[kind], units, strict=True)
+        ]
         models = [model[name] for model in family.models]
         exact = oracle(method, None, models, statistics=statistics, **parameters)
         largest = max(float(np.abs(model).max()) for model in models)
-        np.testing.assert_allclose(tensor, exact, rtol=0, atol=roundings * EPS * largest, err_msg=name)
+        np.testing.assert_allclose(tensor, exact, rtol=0, atol=8 * EPS * largest, err_msg=name)
 
 
 def test_fisher_equals_the_oracle_whose_norm_is_over_the_whole_model(family: Family, tmp_path: Path) -> None:
     result = merged(family, tmp_path / "out", "fisher", "fisher")
-    norms = [
-        np.sqrt(sum(float((s.array(n).astype(float) ** 2).sum()) for n in s.names)) for s in family.stats["fisher"]
-    ]
-    assert_equals(family, result, "fisher", "fisher", weight=[1 / norm for norm in norms], normalize=False)
+    units = []
+    for stats in family.stats["fisher"]:
+        squares = [float((stats.array(name).astype(np.float64) ** 2).sum()) for name in stats.names]
+        units.append(np.sqrt(sum(squares) / sum(stats.array(name).size for name in stats.names)))
+    assert_equals(family, result, "fisher", "fisher", units, normalize=False, floor_is="absolute")
 
 
 def test_regmean_equals_the_oracle(family: Family, tmp_path: Path) -> None:

@@ -137,12 +137,14 @@ def test_folders_on_disk_give_what_arrays_in_memory_give(method: str, threads: i
     models = [{n: floats(t) for n, t in read_model(tmp_path / f"model{i}").items()} for i in (1, 2, 3)]
     stats = [open_statistics(tmp_path / f"stats{i}") for i in (1, 2, 3)]
     parameters: dict[str, Any] = {}
-    if method == "fisher":  # the norm is over the whole model
-        norms = [np.sqrt(sum(float((s.array(n).astype(float) ** 2).sum()) for n in s.names)) for s in stats]
-        parameters = {"weight": [1 / norm for norm in norms], "normalize": False}
+    units = [1.0] * 3
+    if method == "fisher":  # whose norm is over the whole model
+        everything = [np.concatenate([s.array(n).reshape(-1) for n in s.names]).astype(np.float64) for s in stats]
+        units = [float(np.sqrt((each**2).mean())) for each in everything]
+        parameters = {"normalize": False, "floor_is": "absolute"}
     base = {n: floats(t) for n, t in read_model(tmp_path / "base").items()} if method == "obim" else None
     for name, tensor in read_model(out).items():
-        arrays = [s.array(name) if name in s else None for s in stats]
+        arrays = [s.array(name) / unit if name in s else None for s, unit in zip(stats, units, strict=True)]
         exact = oracle(method, base[name] if base else None, [m[name] for m in models], statistics=arrays, **parameters)
         np.testing.assert_allclose(floats(tensor), exact, rtol=0, atol=2e-6)
 
@@ -157,7 +159,7 @@ def test_bfloat16_models_and_adapters_of_tied_names(tmp_path: Path) -> None:
         write_stats(tmp_path / f"stats-{name}", write_model(tmp_path / name, tensors), "fisher", seed=ord(name))
     recipe = Recipe(
         "fisher", [{"model": str(tmp_path / n), "stats": str(tmp_path / f"stats-{n}")} for n in "ab"],
-        parameters={"normalize": False}, out_dtype="float32",
+        parameters={"normalize": False, "floor_is": "absolute"}, out_dtype="float32",
     )  # fmt: skip
     merging.merge(recipe, tmp_path / "out")
     result = read_model(tmp_path / "out")
@@ -167,7 +169,7 @@ def test_bfloat16_models_and_adapters_of_tied_names(tmp_path: Path) -> None:
             open_statistics(tmp_path / "stats-b").array(f"bert.{name}"),
         ]
         models = [floats(read_model(tmp_path / "a")[name]), floats(read_model(tmp_path / "b")[f"bert.{name}"])]
-        exact = oracle("fisher", None, models, statistics=stats, normalize=False)
+        exact = oracle("fisher", None, models, statistics=stats, normalize=False, floor_is="absolute")
         np.testing.assert_allclose(floats(result[name]), exact, rtol=0, atol=2e-6)
 
 
@@ -331,7 +333,7 @@ def test_statistics_of_a_model_with_an_adapter_are_those_of_its_merged_weights(m
         parameters or None,
     )
     if method == "fisher":
-        parameters = {"normalize": False}
+        parameters = {"normalize": False, "floor_is": "absolute"}
         recipe = Recipe(method, recipe.models, parameters=parameters)
     merging.merge(recipe, tmp_path / "out")
     merged = {**weights, "layer.dense.weight": weights["layer.dense.weight"] + np.float32(2) * (up @ down)}

@@ -20,7 +20,7 @@ ROUNDS = 8  # of OBIM's interleaved order
 
 def fisher(
     base: None, models: list[Array], *, statistics: Statistics, weight: Any = 1.0, normalize: bool = True,
-    floor: float = 1e-6
+    floor: float = 1e-6, floor_is: str = "relative"
 ) -> Array:  # fmt: skip
     """Σ wFθ / Σ wF; the plain weighted mean where no F says anything, or a model has none. One tensor is all."""
     weights = per_model(weight, len(models))
@@ -33,8 +33,9 @@ def fisher(
         information = np.broadcast_to(np.asarray(own, np.float64), mean.shape)
         norm = math.sqrt(float((information**2).sum()))
         factor = w / norm if normalize and norm > 0 else w
-        total = total + factor * np.maximum(information, floor) * model
-        divisor = divisor + factor * np.maximum(information, floor)
+        least = floor * (norm / math.sqrt(max(1, information.size)) or 1.0) if floor_is == "relative" else floor
+        total = total + factor * np.maximum(information, least) * model
+        divisor = divisor + factor * np.maximum(information, least)
     return np.where(divisor > 0, total / np.where(divisor > 0, divisor, 1), mean)
 
 

@@ -40,6 +40,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "fisher": [
         {},
         {"weight": [0.2, 0.5, 1.7], "normalize": False, "floor": 0.01},
+        {"weight": [0.2, 0.5, 1.7], "floor": 0.01, "floor_is": "absolute"},
         {"weight": [0.2, 0.0, 1.7], "floor": 0.0},
     ],
     "regmean": [{}, {"weight": [0.2, 0.5, 1.7], "alpha": 0.1, "damping": 0.01}, {"alpha": 1.0}],
