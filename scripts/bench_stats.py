@@ -125,7 +125,7 @@ def measured_inputs(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from embeddings.quickstart import demo_model
-    from merging.statistics.collect import micro_batches
+    from merging.statistics.job import micro_batches
     from merging.statistics.inputs import InputSums
     from merging.statistics.network import open_network
 
@@ -180,7 +180,7 @@ def fisher_work(work: str, options: argparse.Namespace) -> tuple[Any, list[Any]]
     import torch
 
     from embeddings.quickstart import demo_model
-    from merging.statistics.collect import micro_batches
+    from merging.statistics.job import micro_batches
     from merging.statistics.heads import Batch
     from merging.statistics.network import open_network
 
@@ -228,7 +228,7 @@ def rows(task: str, count: int) -> list[dict[str, str]]:
     return [found[i % len(found)] for i in range(count)]
 
 
-def classifier(model: Path, folder: Path, labels: int, how: dict[str, str]) -> Any:
+def classifier(model: Path, folder: Path, labels: int, how: dict[str, Any]) -> Any:
     import torch
     import transformers
 
@@ -243,7 +243,7 @@ def classifier(model: Path, folder: Path, labels: int, how: dict[str, str]) -> A
     return open_network(str(folder), **how)
 
 
-def language_model(folder: Path, how: dict[str, str], options: argparse.Namespace) -> tuple[Any, list[Any]]:
+def language_model(folder: Path, how: dict[str, Any], options: argparse.Namespace) -> tuple[Any, list[Any]]:
     import torch
     import transformers
 

@@ -17,7 +17,6 @@ from merging.sources import ModelRef
 from merging.statistics.calibration import Calibration, draw
 from merging.statistics.folder import KINDS, StatsError, fingerprint, write_statistics
 from merging.statistics.job import Job, Note
-from merging.statistics.job import micro_batches as micro_batches
 from merging.statistics.network import HEADS, Network, head_of, open_network
 from merging.statistics.resume import Partial
 from merging.views import View
