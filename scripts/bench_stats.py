@@ -125,8 +125,8 @@ def measured_inputs(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from embeddings.quickstart import demo_model
-    from merging.statistics.job import micro_batches
     from merging.statistics.inputs import InputSums
+    from merging.statistics.job import micro_batches
     from merging.statistics.network import open_network
 
     network = open_network(str(demo_model()), device=options.device, dtype=options.dtype)
@@ -180,8 +180,8 @@ def fisher_work(work: str, options: argparse.Namespace) -> tuple[Any, list[Any]]
     import torch
 
     from embeddings.quickstart import demo_model
-    from merging.statistics.job import micro_batches
     from merging.statistics.heads import Batch
+    from merging.statistics.job import micro_batches
     from merging.statistics.network import open_network
 
     how = {"device": options.device, "dtype": options.dtype}
