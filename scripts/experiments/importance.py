@@ -314,6 +314,7 @@ class Lab:
     def score(self, model: Path, tasks: Sequence[str], split: str = "test") -> dict[str, float]:
         """Main scores in [0, 1] by task."""
         out = self.out / "evaluation"
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
         found, _ = evaluation.evaluate(
             [str(model)],
             out,
