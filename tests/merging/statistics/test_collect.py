@@ -209,14 +209,18 @@ def test_another_runs_sums_are_not_gone_on_with(
 
 def test_an_interrupted_run_saves_first(gpt2: Path, data: Path, tmp_path: Path) -> None:
     assert threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def interrupt(what: str, done: int, total: int) -> None:
         if done == 12:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        collect(str(gpt2), data, "moments", tmp_path / "s", batch_size=4, progress=interrupt)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            collect(str(gpt2), data, "moments", tmp_path / "s", batch_size=4, progress=interrupt)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     seen: list[int] = []
     collect(str(gpt2), data, "moments", tmp_path / "s", batch_size=4, progress=lambda w, d, t: seen.append(d))
     assert seen[0] == 12
