@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -14,6 +12,7 @@ from typing import Any
 
 from merging.engine import default_threads
 from merging.errors import CuveeError
+from merging.processes import die_with_parent, own_gpu
 from search import config as search_config
 from search.choose import Trial
 from search.config import SearchConfig
@@ -68,7 +67,7 @@ def search_side_by_side(
                 settings=settings,
                 folder=folder,
                 scratch=scratch / str(i),
-                device=_device(device, i),
+                device=own_gpu(device, i),
                 threads=max(1, default_threads() // count),
                 orphans=tuple(orphans[i::count]),
             )
@@ -99,18 +98,9 @@ def search_side_by_side(
             process.join()
 
 
-def _device(device: str, slot: int) -> str:
-    """A GPU for each worker."""
-    if device != "cuda":
-        return device
-    import torch
-
-    return f"cuda:{slot % max(1, torch.cuda.device_count())}"
-
-
 def _work(job: Job, report: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the search that is interrupted ends its workers
-    _die_with_parent()
+    die_with_parent()
     try:
         config = search_config.parse(job.text, job.where)
         study = open_study(job.settings, job.folder, job.storage, job.where)
@@ -120,15 +110,3 @@ def _work(job: Job, report: Any) -> None:
         report.send(CuveeError(error.what, where=error.where, mend=error.mend))
     finally:
         report.close()
-
-
-def _die_with_parent() -> None:
-    """A worker that goes on after its search was killed would tell what the next one evaluates again."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +18,7 @@ from embeddings.training.disk import disk_errors
 from embeddings.training.team import LostError, join
 from merging.engine import default_threads
 from merging.errors import CuveeError
+from merging.processes import die_with_parent, own_gpu
 
 if TYPE_CHECKING:
     from embeddings.training.options import Options
@@ -49,7 +48,7 @@ def train_side_by_side(
                     job = waiting.pop(0)
                     for rank in range(options.processes):
                         ours, theirs = context.Pipe(duplex=False)
-                        settings = replace(options, device=_device(options, slot, rank))
+                        settings = replace(options, device=own_gpu(options.device, slot * options.processes + rank))
                         place = _Place(rank, f"file://{meetings}/{job.name}", threads)
                         arguments = (config, run, job, settings, place, theirs)
                         process = context.Process(target=_work, name=job.name, args=arguments)
@@ -83,32 +82,11 @@ def _hear(ready: Connection, running: dict[Connection, tuple[SpawnProcess, int]]
     progress(*message)
 
 
-def _device(options: Options, slot: int, rank: int) -> str:
-    """A GPU for each process."""
-    if options.device != "cuda":
-        return options.device
-    import torch
-
-    return f"cuda:{(slot * options.processes + rank) % max(1, torch.cuda.device_count())}"
-
-
 def _threads(processes: int) -> int:
     """Of each process: its share of the cores, and no more than the user allows one process."""
     import torch
 
     return max(1, min(int(torch.get_num_threads()), default_threads() // processes))
-
-
-def _die_with_parent() -> None:
-    """A worker that goes on after its run was killed would get in the way of the next."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @dataclass(frozen=True)
@@ -129,7 +107,7 @@ def _work(config: TrainingConfig, run: Path, job: Job, options: Options, place: 
     from merging.loading import only_our_words, wait_passively
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run that is interrupted ends its workers
-    _die_with_parent()
+    die_with_parent()
     wait_passively()
     import torch
 
