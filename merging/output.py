@@ -1,4 +1,4 @@
-"""Outputs that are whole or absent: written beside the target, and renamed into place when complete."""
+"""Outputs, folders and files, that are whole or absent: written beside the target, and renamed into place when complete."""
 
 from __future__ import annotations
 
@@ -57,6 +57,25 @@ def staged(out: Path, *, force: bool = False, marker: str = "cuvee.json") -> Ite
         with suppress(OSError):  # up to the first that is not empty: where all went well, that is the first
             for folder in missing:
                 folder.rmdir()
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file, and the folders above it, so that whoever reads it finds the old text or the new.
+
+    Raises:
+        CuveeError: it cannot be written.
+    """
+    half = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _remove_halves(file)
+        half.write_text(text, encoding="utf-8", errors="backslashreplace")
+        half.replace(file)
+    except OSError as error:
+        raise CuveeError(f"cannot write: {error.strerror}", where=str(file)) from error
+    finally:
+        with suppress(OSError):
+            half.unlink(missing_ok=True)
 
 
 def refuse_existing(out: Path, *, force: bool, marker: str = "cuvee.json") -> None:
@@ -171,3 +190,21 @@ def _remove_abandoned(out: Path) -> None:
             _put_back(run, out)
             _remove(run)
         os.close(lock)
+
+
+def _remove_halves(file: Path) -> None:
+    """What killed processes left of this file."""
+    for left in file.parent.glob(f".{glob.escape(file.name)}.*"):
+        process = left.name.rpartition(".")[2]
+        if process.isdecimal() and not _is_alive(int(process)):
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # someone else's
+    return True

@@ -37,6 +37,8 @@ SLICE = 1 << 20
 
 
 def main() -> None:
+    from merging.engine import default_threads
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--works", nargs="+", default=list(WORKS), help="minilm-N or llama-N, then -bf16, -lora, -module"
@@ -44,7 +46,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--out", type=Path, default=Path("bench_live.json"))
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 import shutil
 import time
@@ -25,7 +24,7 @@ from typing import Any
 
 from merging import engine, lineage
 from merging.errors import CuveeError
-from merging.output import alone, just_begun
+from merging.output import alone, just_begun, write_whole
 from search import choose, engines
 from search.choose import Trial
 from search.config import SearchConfig
@@ -244,20 +243,6 @@ def _write_tables(run: Path, space: Space, trials: Sequence[Trial]) -> None:
             for t in choose.front(trials)
         ]
         write_whole(run / FRONT, json.dumps(front, indent=2) + "\n")
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file so that whoever reads it finds the old text or the new.
-
-    Raises:
-        CuveeError: it cannot be written.
-    """
-    staged = file.with_name(f".{file.name}.new")
-    try:
-        staged.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(staged, file)
-    except OSError as error:
-        raise CuveeError(f"cannot write: {error.strerror}", where=str(file)) from error
 
 
 def _clear(run: Path) -> None:

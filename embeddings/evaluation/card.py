@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from embeddings.evaluation.result import Result, write_whole
+from embeddings.evaluation.result import Result
 from merging.errors import CuveeError
+from merging.output import write_whole
 
 # The hub's own names of tasks; what is not among them goes by mteb's.
 _HUB_TASKS = {

@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 from embeddings.evaluation import card, tasks
 from embeddings.evaluation.comparison import Comparison, compare, csv_table, plain
-from embeddings.evaluation.result import Result, write_whole
+from embeddings.evaluation.result import Result
 from embeddings.evaluation.score_table import markdown
 from embeddings.evaluation.scoring import MTEB_SEED, score
 from embeddings.evaluation.tasks import Target
 from merging import lineage
 from merging.errors import CuveeError
 from merging.loading import wait_passively
-from merging.output import alone, just_begun, refuse_existing
+from merging.output import alone, just_begun, refuse_existing, write_whole
 from merging.progress import Work
 from merging.setting import did_you_mean
 from merging.sources import ModelRef

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import numpy as np
 from embeddings.evaluation.bootstrap import Examples
 from merging.checkpoint import read_json
 from merging.errors import CuveeError
+from merging.output import write_whole
 
 _DIGITS = 8  # of what is kept an example; more than float32 knows
 
@@ -92,43 +90,6 @@ class Result:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CuveeError("is no result of `cuvee evaluate`", where=str(file), mend="remove it") from error
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file, and the folders above it, so that whoever reads it finds the old text or the new.
-
-    Raises:
-        CuveeError: it cannot be written.
-    """
-    staged = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(file)
-        staged.write_text(text, encoding="utf-8", errors="backslashreplace")
-        staged.replace(file)
-    except OSError as error:
-        raise CuveeError(f"cannot write: {error.strerror}", where=str(file)) from error
-    finally:
-        with suppress(OSError):
-            staged.unlink(missing_ok=True)
-
-
-def _remove_abandoned(file: Path) -> None:
-    """What killed processes left of this file."""
-    for left in file.parent.glob(f".{glob.escape(file.name)}.*"):
-        process = left.name.rpartition(".")[2]
-        if process.isdecimal() and not _is_alive(int(process)):
-            left.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass  # someone else's
-    return True
 
 
 def _plain(examples: Examples) -> dict[str, Any]:

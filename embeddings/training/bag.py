@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embeddings.evaluation.result import write_whole
 from embeddings.training.batch import objectives
 from embeddings.training.config import COMPLEMENT, TrainingConfig
 from embeddings.training.data import TrainingSet, load_sets, write_rows
@@ -39,7 +38,7 @@ from embeddings.training.train import AFTER_TRAINING, ROWS, Job, Trained, schedu
 from merging import lineage
 from merging.errors import CuveeError
 from merging.loading import only_our_words
-from merging.output import alone, just_begun, staged
+from merging.output import alone, just_begun, staged, write_whole
 from merging.progress import Work
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embeddings.evaluation.result import write_whole
 from embeddings.training.config import TrainingConfig
 from embeddings.training.data_settings import GRADED, DataSettings
 from embeddings.training.hub_data import HubRevisions
@@ -28,7 +27,7 @@ from embeddings.training.set_builder import MARKER, SetBuilder, Tokenize
 from embeddings.training.source_digests import FileDigests, cache_key
 from embeddings.training.token_table import Ragged, TokenTable, mapped
 from merging.errors import CuveeError
-from merging.output import staged
+from merging.output import staged, write_whole
 from merging.progress import Work
 
 __all__ = ["GRADED", "Tokenize", "TrainingSet", "load_sets", "read_texts", "write_rows"]

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from embeddings.evaluation.result import write_whole
 from embeddings.training.data_settings import DataSettings
 from merging.errors import CuveeError
+from merging.output import write_whole
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

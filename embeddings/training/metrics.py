@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from embeddings.evaluation.result import write_whole
 from merging.errors import CuveeError
+from merging.output import write_whole
 
 Sink = Callable[[Mapping[str, Any]], None]
 """Called with a line: `step`, and numbers by name."""

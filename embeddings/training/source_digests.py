@@ -11,11 +11,11 @@ from typing import Any
 import xxhash
 
 from embeddings.evaluation import suite
-from embeddings.evaluation.result import write_whole
 from embeddings.training.config import TrainingConfig
 from embeddings.training.data_settings import SINGLE, DataSettings
 from merging import lineage
 from merging.errors import CuveeError
+from merging.output import write_whole
 
 _FORM = 1  # of the cache: raise it when the same sources would give other arrays
 

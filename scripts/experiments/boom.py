@@ -17,21 +17,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from boom_arms import FIRST, MERGES, Arm, Strategy, chosen, rounds_of, static_arms, training_rows
-from boom_lab import IN_DOMAIN, Lab, Plan, make_suite
+from boom_lab import IN_DOMAIN, Lab, Plan, commit, make_suite
 from boom_table import Record, rounds_table, static_table, task_table
 
 from embeddings.evaluation import suite
-from embeddings.evaluation.result import write_whole
 from embeddings.quickstart import demo_model
 from merging.errors import CuveeError
 from merging.loading import only_our_words, wait_passively
+from merging.output import write_whole
 from merging.progress import work_bars
 
 _MAY_CHANGE = ("seeds", "arms", "learning_rates", "out", "keep", "dry_run", "device", "merges")
@@ -177,11 +176,11 @@ def run(lab: Lab, arms: Sequence[Arm], strategies: Sequence[Strategy], options: 
 def report(plan: Plan, static: Sequence[Record], updates: Sequence[Record], corpus: int, options: Any) -> str:
     """The tables in Markdown; writes boom.json on the way."""
     seeds = sorted({record.seed for record in (*static, *updates)})
-    commit = _commit()
+    made_by = commit()
     content = {
         "settings": dict(plan.settings),
         "options": {key: str(value) for key, value in vars(options).items()},
-        "commit": commit,
+        "commit": made_by,
         "seeds": seeds,
         "rounds": list(plan.rounds),
         "groups": dict(plan.groups),
@@ -196,7 +195,7 @@ def report(plan: Plan, static: Sequence[Record], updates: Sequence[Record], corp
     rates = ", ".join(f"{rate:g}" for rate in plan.rates)
     lines = [
         f"Seeds {', '.join(map(str, seeds))}; {corpus:,} rows an epoch; batch {options.batch}, temperature"
-        f" {options.temperature:g}, learning rates from {rates}; commit {commit}.",
+        f" {options.temperature:g}, learning rates from {rates}; commit {made_by}.",
         "",
     ]
     if static:
@@ -205,13 +204,6 @@ def report(plan: Plan, static: Sequence[Record], updates: Sequence[Record], corp
         told = "; ".join(f"{number}: {', '.join(tasks)}" for number, tasks in enumerate(plan.rounds, 1))
         lines += [f"Rounds: {told}.", "", rounds_table(updates, plan.rounds, plan.groups, corpus), task_table(updates)]
     return "\n".join(lines)
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

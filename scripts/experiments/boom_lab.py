@@ -19,6 +19,7 @@ import json
 import random
 import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,13 +34,13 @@ from boom_table import Record, chosen_rate, mean
 
 from embeddings.evaluation import evaluate as evaluation
 from embeddings.evaluation import suite
-from embeddings.evaluation.result import write_whole
 from embeddings.training import bag
 from embeddings.training import config as training_config
 from embeddings.training.config import TrainingConfig
 from embeddings.training.data import TrainingSet
 from embeddings.training.train import Job, Trained
 from embeddings.training.update import update_model
+from merging.output import write_whole
 from merging.progress import Work
 
 IN_DOMAIN = "in-domain"
@@ -130,14 +131,14 @@ class Lab:
         return self._records(file, edge)
 
     def _records(self, file: Path, edge: str) -> list[Record]:
-        return [Record(**{**record, "edge": edge}) for record in _read(file)]
+        return [Record(**{**record, "edge": edge}) for record in read(file)]
 
     def _rate(self, name: str, tasks: Sequence[str], make: Callable[[float], Path]) -> tuple[float, str]:
         """The best learning rate by the mean validation score on tasks; nothing to compare where there is but one."""
         if len(self.plan.rates) == 1 or name == "zero-shot":
             return self.plan.rates[0], ""
         file = self.plan.out / "rates" / f"{name}-seed{self.plan.tune_seed}.json"
-        known: dict[str, dict[str, float]] = _read(file) if file.is_file() else {}
+        known: dict[str, dict[str, float]] = read(file) if file.is_file() else {}
         for rate in self.plan.rates:
             if f"{rate:g}" not in known:
                 known[f"{rate:g}"] = self.score(make(rate), tasks, "validation")
@@ -315,7 +316,7 @@ class Lab:
             seconds["row"] = max(1e-6, whole - seconds["model"]) / (rows * (steps - 1) / steps)
             shutil.rmtree(trial)
             _write(file, seconds)
-        known: dict[str, float] = _read(file)
+        known: dict[str, float] = read(file)
         return known
 
     def _folder(self, seed: int, rate: float) -> Path:
@@ -390,9 +391,18 @@ def _timed(work: Callable[[], Any]) -> float:
     return min(time.perf_counter() - began, time.process_time() - used)
 
 
-def _read(file: Path) -> Any:
+def read(file: Path) -> Any:
+    """A file of JSON."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _write(file: Path, content: Any) -> None:
     write_whole(file, json.dumps(content, indent=1) + "\n")
+
+
+def commit() -> str:
+    """Of the checkout that these scripts lie in; "-dirty" where it was changed since."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return done.stdout.strip() or "unknown"

@@ -65,12 +65,12 @@ def static_table(records: Sequence[Record], groups: Mapping[str, Sequence[str]],
         cosines = [record.spread["cosine"] for record in own if "cosine" in record.spread]
         lines.append(
             [
-                *(own[0].title, f"{rows / corpus:.2f}", f"{rows:,.0f}", _rates(own), *map(_points, scores)),
-                *(("" if own[0].arm == "full" else _points(gap, signed=True)) for gap in gaps),
+                *(own[0].title, f"{rows / corpus:.2f}", f"{rows:,.0f}", _rates(own), *map(points, scores)),
+                *(("" if own[0].arm == "full" else points(gap, signed=True)) for gap in gaps),
                 f"{statistics.fmean(cosines):.2f}" if cosines else "",
             ]
         )
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def rounds_table(
@@ -89,12 +89,12 @@ def rounds_table(
         for number, of_round in by_round.items():
             before = [task for each in rounds[: number - 1] for task in each]
             parts = [before, rounds[number - 1]] if number > 1 else [rounds[0]]
-            cells += [_points([mean(record.test, tasks) for record in of_round]) for tasks in parts]
+            cells += [points([mean(record.test, tasks) for record in of_round]) for tasks in parts]
         end = by_round[max(record.round for record in own)]
-        whole = [_points([mean(record.test, tasks) for record in end]) for tasks in groups.values()]
+        whole = [points([mean(record.test, tasks) for record in end]) for tasks in groups.values()]
         rows = statistics.fmean(record.rows for record in end)
         lines.append([own[0].title, f"{rows / corpus:.2f}", f"{rows:,.0f}", _rates(end), *cells, *whole])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def task_table(records: Sequence[Record]) -> str:
@@ -104,8 +104,8 @@ def task_table(records: Sequence[Record]) -> str:
     for own in _by_arm(records):
         end = max(record.round for record in own)
         ends = [record for record in own if record.round == end]
-        lines.append([own[0].title, *(_points([r.test.get(task) for r in ends], spread=False) for task in tasks)])
-    return _markdown(lines)
+        lines.append([own[0].title, *(points([r.test.get(task) for r in ends], spread=False) for task in tasks)])
+    return markdown(lines)
 
 
 def _by_arm(records: Sequence[Record]) -> list[list[Record]]:
@@ -117,7 +117,7 @@ def _minus(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one - other
 
 
-def _points(values: Sequence[float | None], *, signed: bool = False, spread: bool = True) -> str:
+def points(values: Sequence[float | None], *, signed: bool = False, spread: bool = True) -> str:
     """In points of 100, with the standard deviation where there are several."""
     known = [100 * value for value in values if value is not None]
     if not known:
@@ -133,5 +133,5 @@ def _rates(records: Sequence[Record]) -> str:
     return ", ".join(f"{rate:g}{ {'low': ' ↓', 'high': ' ↑'}.get(edge, '') }" for rate, edge in rates.items())
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
+def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

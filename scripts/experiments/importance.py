@@ -25,18 +25,17 @@ import json
 import random
 import shutil
 import statistics
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from boom_lab import make_suite
+from boom_lab import commit, make_suite, read
+from boom_table import markdown, points
 
 from embeddings.evaluation import evaluate as evaluation
 from embeddings.evaluation import suite
-from embeddings.evaluation.result import write_whole
 from embeddings.quickstart import demo_model
 from embeddings.training import bag
 from embeddings.training import config as training_config
@@ -44,6 +43,7 @@ from merging import methods
 from merging.engine import merge_text
 from merging.errors import CuveeError
 from merging.loading import only_our_words, wait_passively
+from merging.output import write_whole
 from merging.progress import work_bars
 
 IN_DOMAIN = (
@@ -202,7 +202,7 @@ class Lab:
         if len(rates) == 1:
             return rates[0]
         file = self.out / "rates" / f"{task}.json"
-        known: dict[str, float] = _read(file) if file.is_file() else {}
+        known: dict[str, float] = read(file) if file.is_file() else {}
         for rate in rates:
             if f"{rate:g}" not in known:
                 self._train(task, self.options.tune_seed, rate, self._trial(task, rate))
@@ -270,7 +270,7 @@ class Lab:
         """What became of a method, a specialist or the base with one seed."""
         file = self.out / "records" / f"{name}-seed{seed}.json"
         if file.is_file():
-            known: dict[str, Any] = _read(file)
+            known: dict[str, Any] = read(file)
             return known
         if name == "base":
             found = {"test": self.score(self.base, [*self.tasks, *self.others])}
@@ -284,7 +284,7 @@ class Lab:
     def orders(self, seed: int) -> list[float]:
         """Mean test score in-domain of OBIM in other orders of the models, as tuned in the listed one."""
         file = self.out / "records" / f"orders-seed{seed}.json"
-        known: dict[str, float] = _read(file) if file.is_file() else {}
+        known: dict[str, float] = read(file) if file.is_file() else {}
         setting = self.record("obim", seed)["setting"]
         draw = random.Random(seed)
         for _ in range(self.options.orders):
@@ -334,13 +334,13 @@ def report(lab: Lab, options: argparse.Namespace) -> str:
     seeds = options.seeds
     records = {name: [lab.record(name, seed) for seed in seeds] for name in ("base", *lab.names, *options.methods)}
     orders = [lab.orders(seed) for seed in seeds] if "obim" in options.methods else []
-    content = {"options": {k: str(v) for k, v in vars(options).items()}, "commit": _commit(), "records": records}
+    content = {"options": {k: str(v) for k, v in vars(options).items()}, "commit": commit(), "records": records}
     write_whole(lab.out / "importance.json", json.dumps({**content, "orders": orders}, indent=1) + "\n")
 
     def row(title: str, tests: Sequence[Mapping[str, float]], settings: str) -> list[str]:
         groups = [[statistics.fmean(test[t] for t in tasks) for test in tests] for tasks in (lab.tasks, lab.others)]
         each = [f"{100 * statistics.fmean(test[task] for test in tests):.1f}" for task in lab.tasks]
-        return [title, *map(_points, groups), *each, settings]
+        return [title, *map(points, groups), *each, settings]
 
     lines = [["", "in-domain", "out-of-domain", *lab.tasks, "settings chosen"]]
     lines.append(["---", *("---:" for _ in lines[0][1:-1]), "---"])
@@ -358,13 +358,12 @@ def report(lab: Lab, options: argparse.Namespace) -> str:
         f"Seeds {', '.join(map(str, seeds))}; {options.rows} rows a specialist, learning rates {rates},"
         f" {options.examples} calibration rows; commit {content['commit']}.",
         "",
-        *(f"| {' | '.join(line)} |" for line in lines),
-        "",
+        markdown(lines),
     ]
     if orders:
         spread = [statistics.stdev(scores) for scores in orders if len(scores) > 1]
         text.append(
-            f"OBIM in {len(orders[0])} other orders, in-domain: {_points([s for scores in orders for s in scores])};"
+            f"OBIM in {len(orders[0])} other orders, in-domain: {points([s for scores in orders for s in scores])};"
             f" standard deviation over the orders of one seed: {', '.join(f'{100 * s:.2f}' for s in spread)}."
         )
     return "\n".join(text) + "\n"
@@ -376,7 +375,7 @@ def _shortened(model: Path, out: Path, max_length: int) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(model, scratch)
     file = scratch / "sentence_bert_config.json"
-    write_whole(file, json.dumps({**_read(file), "max_seq_length": max_length}, indent=1) + "\n")
+    write_whole(file, json.dumps({**read(file), "max_seq_length": max_length}, indent=1) + "\n")
     scratch.rename(out)
 
 
@@ -403,24 +402,8 @@ def _pairs(rows: Sequence[Mapping[str, Any]], draw: random.Random) -> Iterator[d
                 yield {"query": row["text"], "positive": draw.choice(others)}
 
 
-def _points(values: Sequence[float]) -> str:
-    around = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.2f}{around}"
-
-
 def _told(setting: Setting) -> str:
     return ", ".join(f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in setting.items())
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return done.stdout.strip() or "unknown"
-
-
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
