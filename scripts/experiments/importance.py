@@ -89,7 +89,7 @@ def _grid(**values: Sequence[Any]) -> tuple[Setting, ...]:
 METHODS = {
     "average": Method("average", "linear", ({},)),
     "task_arithmetic": Method(
-        "task arithmetic", "task_arithmetic", _grid(**{"lambda": (0.1, 0.17, 0.25, 0.35, 0.5, 0.7)})
+        "task arithmetic", "task_arithmetic", _grid(**{"lambda": (0.17, 0.25, 0.35, 0.5, 0.7, 1.0)})
     ),
     "ties": Method("TIES", "ties", _grid(**{"density": (0.2, 0.5), "lambda": (0.7, 1.0, 1.5)})),
     "ties-moments": Method(
@@ -142,8 +142,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--rows", type=int, default=1000, help="to train a specialist on")
     parser.add_argument("--test-rows", type=int, default=200, help="of each test and validation split at most; 0: all")
-    parser.add_argument("--examples", type=int, default=128, help="calibration rows a specialist")
-    parser.add_argument("--orders", type=int, default=5, help="more orders of OBIM, at random")
+    parser.add_argument("--examples", type=int, default=64, help="calibration rows a specialist")
+    parser.add_argument("--orders", type=int, default=4, help="more orders of OBIM, at random")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-5, 1e-4], help="the specialists' grid")
     parser.add_argument("--tune-seed", type=int, default=0, help="for which learning rates are compared")
     parser.add_argument("--epochs", type=float, default=1)
