@@ -132,7 +132,14 @@ class LiveMerge:
             CuveeError: no such parameter, a value out of range, too few values; the weights are then as they were. A merge
                 that comes out infinite or NaN; they are then undefined until the next `set` or `reset`.
         """
-        recipe = self._coefficients.recipe(coefficients)
+        self.apply(self._coefficients.recipe(coefficients))
+
+    def apply(self, recipe: Recipe) -> None:
+        """Rewrites the module's weights as a recipe says; its method and models must be those held, in their order.
+
+        Raises:
+            CuveeError: as `set`.
+        """
         recipe.check(self._method)
         steps = [self._with_parameters(step, recipe) for step in self._plan.steps]
         self._rewriting.rewrite(replace(self._plan, steps=tuple(steps)))

@@ -5,15 +5,20 @@ Objectives are found by name in a registry, which other packages add to by an en
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from merging import registries
 from merging.errors import CuveeError
 from merging.node import Node
+from merging.sources import ModelRef
+
+if TYPE_CHECKING:
+    import torch
 
 #: More explode: four objectives take Optuna's Gaussian process 2.5 GB, six over 17 GB.
 MAX_OBJECTIVES = 3
@@ -38,21 +43,30 @@ class Candidate:
     """A merged model to score.
 
     Attributes:
-        folder: where it lies, loadable like any output of `cuvee merge`; gone after the trial.
         coefficients: the method's parameters, see `Space.coefficients`.
+        folder: where it lies, loadable like any output of `cuvee merge`; gone after the trial. None where the objective has
+            it as the weights of its module.
     """
 
-    folder: Path
     coefficients: Mapping[str, Any]
+    folder: Path | None = None
 
 
 class Objective(Protocol):
     """Scores models, one after another, in one process."""
 
-    def prepare(self) -> None:
-        """Loads what all trials share; called once, before the first."""
+    def prepare(self, model: ModelRef, device: str) -> torch.nn.Module | None:
+        """Loads what all trials share; called once, before the first.
 
-    def __call__(self, model: Candidate, /) -> Scores: ...
+        Args:
+            model: what every candidate looks like: the base, or the first model where there is none.
+
+        Returns:
+            A module opened from `model`, whose weights are the candidate's whenever the objective is called
+            (`merging.live` rewrites them); None: each candidate is to be merged into a folder.
+        """
+
+    def __call__(self, candidate: Candidate, /) -> Scores: ...
 
 
 #: From the settings under the objective's name, and the folder near which files are looked for.
@@ -74,6 +88,7 @@ class ObjectiveKind:
 
 OBJECTIVES: dict[str, ObjectiveKind] = {}
 _GROUP = "cuvee.objectives"
+_OURS = ("function",)  # modules of search.objectives, which register themselves
 
 
 def objective(name: str, title: str) -> Callable[[Make], Make]:
@@ -92,17 +107,20 @@ def get(name: str, where: str = "") -> ObjectiveKind:
     Raises:
         CuveeError: no such objective; names the nearest.
     """
-    import search.objectives.function  # noqa: F401  (registers itself)
-
+    _register_ours()
     return registries.find(name, OBJECTIVES, group=_GROUP, noun="objective", where=where)
 
 
 def known() -> Mapping[str, ObjectiveKind]:
     """All objectives by name, those of installed packages included."""
-    import search.objectives.function  # noqa: F401  (registers itself)
-
+    _register_ours()
     registries.load_installed(_GROUP)
     return OBJECTIVES
+
+
+def _register_ours() -> None:
+    for name in _OURS:
+        importlib.import_module(f"search.objectives.{name}")
 
 
 @dataclass(frozen=True)

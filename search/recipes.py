@@ -1,19 +1,23 @@
-"""Recipes: a point of a search as a recipe for `cuvee merge`, and the merge of it for an objective to score."""
+"""Recipes: a point of a search as a recipe for `cuvee merge`."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from merging import engine
+from merging import engine, recipe_statistics
 from merging.errors import CuveeError
 from merging.live_recipe import filters_of
 from merging.recipe import Recipe
+from merging.sources import StatsRef
+from merging.views import View
 from search.config import SearchConfig
-from search.objective import Candidate, Objective, Scores
 from search.space import GROUPINGS, Space, make_space
+
+#: The best model, in the search's folder.
+MODEL = "model"
 
 
 def space_of(config: SearchConfig) -> Space:
@@ -29,8 +33,6 @@ def tensor_names(config: SearchConfig) -> list[str]:
     """Of the base, or of the first model where there is none; () where no parameter differs by layer or module."""
     if not any(vary.per in GROUPINGS for vary in config.vary.values()):
         return []
-    from merging.views import View
-
     view = View.open(config.base_model or config.models[0].model, None)
     try:
         return list(view.tensors)
@@ -76,32 +78,38 @@ def _conditions(by_group: Mapping[str, Any], per: str, names: Sequence[str]) -> 
     return [{"filter": part, "value": by_group[group]} for part, group in filters]
 
 
-class MergedFolders:
-    """Evaluates coefficients: merges into a folder of its own, scores it, and removes it."""
+def with_statistics(
+    config: SearchConfig, out: Path, device: str, note: Callable[[str], None] = lambda line: None
+) -> SearchConfig:
+    """The configuration with folders of statistics where it names data; what is missing is computed, once for all trials.
 
-    def __init__(
-        self,
-        config: SearchConfig,
-        scratch: Path,
-        *,
-        device: str = "cpu",
-        threads: int | None = None,
-        note: Callable[[str], None] = lambda line: None,
-    ) -> None:
-        self.config, self.scratch, self.options = config, scratch, {"device": device, "threads": threads, "note": note}
-        self.names = tensor_names(config)
-        self.objective: Objective = config.make_objective()
-        self.objective.prepare()
+    Args:
+        out: where the best model will go: its merge finds them too.
 
-    def __call__(self, coefficients: Mapping[str, Any]) -> Scores:
-        recipe = recipe_of(self.config, coefficients, self.names, where="trial.yml")
-        folder = self.scratch / "model"
-        try:
-            engine.merge(recipe, folder, seed=self.config.seed, force=True, **self.options)  # type: ignore[arg-type]
-            self.options = {**self.options, "note": lambda line: None}  # what is ignored is said once
-            return self.objective(Candidate(folder, coefficients))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    Raises:
+        CuveeError: data or models of which none can be made.
+    """
+    if all(source.stats is None or source.stats.path is not None for source in config.models):
+        return config
+    condition = config.method.statistics_if
+    if condition is not None:
+        vary = config.vary.get(condition[0])
+        if vary is None or condition[1] not in (vary.value, *vary.choices):
+            return config  # no trial reads them
+    recipe = recipe_of(config, dict([condition] if condition else []), where=config.where)
+    views = [View.open(source.model, None) for source in config.models]
+    try:
+        recipe_statistics.attach(
+            recipe, config.method, views, out, relative_to=None, seed=config.seed, device=device, note=note
+        )
+    finally:
+        for view in views:
+            view.checkpoint.close()
+    models = [
+        replace(source, stats=StatsRef(str(view.statistics.path))) if view.statistics else source
+        for source, view in zip(config.models, views, strict=True)
+    ]
+    return replace(config, models=tuple(models))
 
 
 def check(config: SearchConfig, space: Space, out: Path, note: Callable[[str], None]) -> None:

@@ -26,15 +26,16 @@ from merging import engine, lineage
 from merging.errors import CuveeError
 from merging.output import alone, just_begun, write_whole
 from search import choose, engines
+from search.candidates import Candidates
 from search.choose import Trial
 from search.config import SearchConfig
 from search.design import TRIALS, design
-from search.recipes import MergedFolders, check, recipe_of, space_of, tensor_names
+from search.recipes import MODEL, check, recipe_of, space_of, tensor_names, with_statistics
 from search.space import Space
 from search.study import JOURNAL, SQLITE, Settings, Study, forget, open_study, work
 from search.workers import search_side_by_side
 
-TABLE, BEST, MODEL, FRONT = "trials.csv", "best.yml", "model", "front.json"
+TABLE, BEST, FRONT = "trials.csv", "best.yml", "front.json"
 _SCRATCH = ".scratch"
 _MADE = (JOURNAL, SQLITE, f".{JOURNAL}.lock", ".ask", TRIALS, TABLE, BEST, FRONT, lineage.FILE)
 
@@ -173,9 +174,10 @@ def _search(
 
     try:
         if settings.workers > 1:
+            with_statistics(config, run / MODEL, device, note)  # once, for all workers
             search_side_by_side(config, settings, run, scratch, orphans, device=device, told=told)
         else:
-            evaluate = MergedFolders(config, scratch, device=device, note=note)
+            evaluate = Candidates(config, run, scratch, device=device, note=note)
             work(study, evaluate, orphans=orphans, told=told)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

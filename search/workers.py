@@ -14,9 +14,9 @@ from merging.engine import default_threads
 from merging.errors import CuveeError
 from merging.processes import die_with_parent, own_gpu
 from search import config as search_config
+from search.candidates import Candidates
 from search.choose import Trial
 from search.config import SearchConfig
-from search.recipes import MergedFolders
 from search.study import Settings, open_study, work
 
 
@@ -104,7 +104,7 @@ def _work(job: Job, report: Any) -> None:
     try:
         config = search_config.parse(job.text, job.where)
         study = open_study(job.settings, job.folder, job.storage, job.where)
-        evaluate = MergedFolders(config, job.scratch, device=job.device, threads=job.threads)
+        evaluate = Candidates(config, job.folder, job.scratch, device=job.device, threads=job.threads)
         work(study, evaluate, orphans=job.orphans, told=report.send)
     except CuveeError as error:
         report.send(CuveeError(error.what, where=error.where, mend=error.mend))

@@ -1,6 +1,7 @@
 """The user's own function: `objective: {function: "module:function"}`.
 
-It is called with the folder of the merged model (a `pathlib.Path`) and returns a number, or numbers by task; higher is better.
+It is called with the folder of the merged model (a `pathlib.Path`), or with `takes: model` with the model itself: a
+SentenceTransformer, or a model of transformers and its tokenizer. It returns a number, or numbers by task; higher is better.
 The module is looked for beside the search's YAML first, then wherever Python looks.
 """
 
@@ -10,27 +11,34 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merging.errors import CuveeError
-from merging.fields import text
+from merging.fields import choice, text
 from merging.node import Node
 from merging.setting import refuse_unknown_keys
+from merging.sources import ModelRef
 from search.objective import Candidate, Scores, objective
+
+if TYPE_CHECKING:
+    import torch
+
+FOLDER, MODEL = "folder", "model"
 
 
 class Function:
     """An objective by the name of a function."""
 
-    def __init__(self, name: str, near: Path, where: str) -> None:
-        self.name, self.near, self.where = name, near, where
-        self._function: Callable[[Path], Any] | None = None
+    def __init__(self, name: str, near: Path, where: str, takes: str = FOLDER) -> None:
+        self.name, self.near, self.where, self.takes = name, near, where, takes
+        self._function: Callable[..., Any]
+        self._model: tuple[Any, ...] = ()
 
-    def prepare(self) -> None:
-        """Imports the module.
+    def prepare(self, model: ModelRef, device: str) -> torch.nn.Module | None:
+        """Imports the module, and opens the model if the function takes one.
 
         Raises:
-            CuveeError: it cannot be imported, or has no such function.
+            CuveeError: it cannot be imported, or has no such function; a model that cannot be opened.
         """
         module, _, name = self.name.partition(":")
         near = str(self.near.absolute())
@@ -46,12 +54,16 @@ class Function:
         if not callable(found):
             raise CuveeError(f"'{module}' has no function '{name}'", where=self.where)
         self._function = found
+        if self.takes == FOLDER:
+            return None
+        from merging.statistics.network import open_network
 
-    def __call__(self, model: Candidate, /) -> Scores:
-        if self._function is None:
-            self.prepare()
-        assert self._function is not None
-        return scores_of(self._function(model.folder), self.name)
+        network = open_network(model, device=device)
+        self._model = (network.module,) if network.head == "embedding" else (network.module, network.reader)
+        return network.module
+
+    def __call__(self, candidate: Candidate, /) -> Scores:
+        return scores_of(self._function(*(self._model or (candidate.folder,))), self.name)
 
 
 def scores_of(result: Any, name: str) -> Scores:
@@ -72,11 +84,11 @@ def scores_of(result: Any, name: str) -> Scores:
         raise CuveeError(what, where=name, mend="return a score, higher is better") from None
 
 
-@objective("function", "a function of yours, `module:function`, of the merged model's folder")
+@objective("function", "a function of yours, `module:function`, of the merged model or its folder")
 def _function(settings: Node, near: Path) -> Function:
-    refuse_unknown_keys(settings, ("function",), "the objective 'function'")
+    refuse_unknown_keys(settings, ("function", "takes"), "the objective 'function'")
     name = text(settings, "function", "")
     module, colon, function = name.partition(":")
     if not (colon and module and function):
         raise CuveeError(f"'{name}' names no function", where=settings.where, mend="write 'function: module:function'")
-    return Function(name, near, settings.where)
+    return Function(name, near, settings.where, choice(settings, "takes", (FOLDER, MODEL), FOLDER))

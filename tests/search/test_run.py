@@ -14,6 +14,7 @@ import yaml
 from merging import engine
 from tests.checkpoints import floats, read_model, tiny, write_model
 from tests.commands import run, start
+from tests.conftest import MiniLMFamily
 
 SHARES = (0.3, 0.7)
 SCORE = """\
@@ -183,3 +184,25 @@ def test_a_study_in_a_database_by_its_url(place: Path) -> None:
     again = run("search", file, place / "one", "--force", "--until", "trials=3", "--json")
     assert again.json["trials"] == 3 and [row["number"] for row in rows(place / "one")] == [0, 1, 2]
     assert "another storage" in run("search", write(place, trials=2), place / "one").err
+
+
+def test_a_function_takes_the_model_itself(minilm_family: MiniLMFamily, tmp_path: Path) -> None:
+    """Real models: what the trial saw in memory is what `cuvee merge` writes, to the bit."""
+    (tmp_path / "seen.py").write_text(
+        "import torch\n"
+        "def first(model):\n"
+        "    vector = model.encode(['a red wine'], show_progress_bar=False)[0]\n"
+        "    return {str(i): float(x) for i, x in enumerate(vector[:4])}\n"
+    )
+    content = {
+        **{"base_model": str(minilm_family.base), "models": list(map(str, minilm_family.specialists))},
+        **{"objective": {"function": "seen:first", "takes": "model"}, "engine": "random", "trials": 3},
+    }
+    (tmp_path / "search.yml").write_text(yaml.safe_dump(content))
+    done = run("search", tmp_path / "search.yml", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    from sentence_transformers import SentenceTransformer
+
+    vector = SentenceTransformer(str(tmp_path / "out/model"), device="cpu").encode(["a red wine"])[0]
+    assert [done.json["scores"][str(i)] for i in range(4)] == pytest.approx(vector[:4].tolist(), abs=1e-6)
+    assert len({str(row["tasks"]) for row in rows(tmp_path / "out")}) == 3

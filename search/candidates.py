@@ -1,0 +1,84 @@
+"""Candidates: the merged model of each trial, in memory where the objective works on a module, else in a folder of its own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merging import engine
+from search.config import SearchConfig
+from search.objective import Candidate, Scores
+from search.recipes import MODEL, recipe_of, tensor_names, with_statistics
+
+if TYPE_CHECKING:
+    import torch
+
+    from merging.live import LiveMerge
+
+
+class Candidates:
+    """From coefficients to scores, again and again.
+
+    Args:
+        run: the search's folder. scratch: for merged models; made when one is.
+        note: takes lines for the user; what a merge has to say is said once.
+
+    Raises:
+        CuveeError: what the objective needs, or models that cannot be merged in memory.
+    """
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        run: Path,
+        scratch: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._config, self._note = with_statistics(config, run / MODEL, device, note), note
+        self._scratch, self._device, self._threads = scratch, device, threads
+        self._names = tensor_names(config)
+        self._objective = config.make_objective()
+        module = self._objective.prepare(config.base_model or config.models[0].model, device)
+        self._live = None if module is None else self._held(module)
+
+    def __call__(self, coefficients: Mapping[str, Any]) -> Scores:
+        """Raises whatever merging or the objective does."""
+        recipe = recipe_of(self._config, coefficients, self._names, where="trial.yml")
+        if self._live is not None:
+            self._live.apply(recipe)
+            self._say(self._live.notes)
+            return self._objective(Candidate(coefficients))
+        folder, lines = self._scratch / "model", list[str]()
+        options: dict[str, Any] = {"device": self._device, "threads": self._threads, "note": lines.append}
+        try:
+            engine.merge(recipe, folder, seed=self._config.seed, force=True, **options)
+            self._say(lines)
+            return self._objective(Candidate(coefficients, folder))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _held(self, module: torch.nn.Module) -> LiveMerge:
+        from merging.live import LiveMerge
+
+        config = self._config
+        folders = [source.stats.path for source in config.models if source.stats and source.stats.path]
+        return LiveMerge(
+            module,
+            config.base_model or config.models[0].model,
+            [source.model for source in config.models],
+            method=config.method.name,
+            device=self._device,
+            stats=folders or None,
+            seed=config.seed,
+            threads=self._threads,
+        )
+
+    def _say(self, lines: list[str]) -> None:
+        for line in lines:
+            self._note(line)
+        self._note = lambda line: None
