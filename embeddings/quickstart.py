@@ -84,8 +84,10 @@ def quickstart(
     began = time.perf_counter()
     wait_passively()
     from embeddings.evaluation import evaluate as evaluation
-    from embeddings.training import bag
     from embeddings.training import config as training_config
+    from embeddings.training.bag import train_run
+    from embeddings.training.options import Options
+    from embeddings.training.run_folder import MEMBERS, MODEL
     from embeddings.training.update import update_model
 
     out = Path(out).absolute()
@@ -97,18 +99,18 @@ def quickstart(
     for name, text in (("train.yml", _TRAIN), ("new.yml", _NEW)):
         if not (out / name).exists():  # one that is there, its user's perhaps, is kept
             (out / name).write_text(text.format(rows=rows, seed=seed, task=NEW_TASK), encoding="utf-8")
-    options = bag.Options(device=device)
+    options = Options(device=device)
     settings = training_config.load(out / "train.yml")
     if settings.seed != seed:
         mend = f"choose another folder, or say --seed {settings.seed}"
         raise CuveeError(f"says 'seed: {settings.seed}', not {seed}", where=str(out / "train.yml"), mend=mend)
-    trained = bag.train_run(settings, out / "bags", options=options, progress=progress)
+    trained = train_run(settings, out / "bags", options=options, progress=progress)
     updated = update_model(
         out / "bags", out / "new.yml", out / "updated", options=options, progress=progress, note=note
     )
-    members = [out / "bags" / bag.MEMBERS / name for name in trained["members"]]
+    members = [out / "bags" / MEMBERS / name for name in trained["members"]]
     found, comparison = evaluation.evaluate(
-        [str(model) for model in (base, *members, out / "bags" / bag.MODEL, out / "updated" / bag.MODEL)],
+        [str(model) for model in (base, *members, out / "bags" / MODEL, out / "updated" / MODEL)],
         out / "evaluation",
         names=(*TASKS, NEW_TASK, *UNSEEN),
         suites=[None],

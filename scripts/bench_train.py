@@ -137,8 +137,8 @@ def with_cuvee(
 ) -> dict[str, Any]:
     import numpy as np
 
-    from embeddings.training import bag, metrics, train
     from embeddings.training import config as training_config
+    from embeddings.training import members, metrics, train
     from embeddings.training.data import load_sets
 
     file = scratch / "pairs.jsonl"
@@ -148,8 +148,8 @@ def with_cuvee(
         f"steps: {options.steps}\nlearning_rate: {LEARNING_RATE}\nloss: {{temperature: {TEMPERATURE}}}\nseed: {seed}",
         str(scratch / "config.yml"),
     )
-    backbone = bag.open_backbone(config, options.device, seed)
-    tokenizer = bag.Tokenizer(config)
+    backbone = members.open_backbone(config, options.device, seed)
+    tokenizer = members.Tokenizer(config)
     assert tokenizer.digest  # opened now, as the model is
     train.LOG_EVERY = 1
     times: list[float] = []

@@ -48,14 +48,16 @@ def minilm_family(
     pytest.importorskip("sentence_transformers")
     import torch
 
-    from embeddings.training import bag, train
     from embeddings.training import config as training_config
+    from embeddings.training import draws, train
+    from embeddings.training.bag import train_run
+    from embeddings.training.run_folder import MODEL
 
     text = (
         "model: {model}\ndata: [{{suite: shipped, task: {task}, limit: 128, negatives: 1}}]\n"
         "steps: 8\nwarmup: 0\nbatch_size: 16\nlearning_rate: 5.0e-4\nmax_length: 32\ncore: 0\nloss: {{temperature: 0.05}}\n"
     )
-    code = Path(train.__file__).read_bytes() + Path(bag.__file__).read_bytes()
+    code = Path(train.__file__).read_bytes() + Path(draws.__file__).read_bytes()
     version = hashlib.sha256(code + f"{text} {torch.__version__}".encode()).hexdigest()[:12]
     cache = getattr(request.config, "cache", None)
     root = cache.mkdir("minilm-family") if cache else tmp_path_factory.getbasetemp().parent / "minilm-family"
@@ -66,7 +68,7 @@ def minilm_family(
         torch.set_num_threads(1)  # on busy cores the threads of one operation wait for each other
         for task in ("word", "phenotype", "intent"):
             config = training_config.parse(text.format(model=minilm, task=task), str(root / "config.yml"))
-            bag.train_run(config, root / version / task)
-            folders.append(root / version / task / bag.MODEL)
+            train_run(config, root / version / task)
+            folders.append(root / version / task / MODEL)
         torch.set_num_threads(threads)
     return MiniLMFamily(minilm, tuple(folders))

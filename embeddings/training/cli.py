@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -13,6 +14,7 @@ from merging.cli import DryRun, Json
 
 if TYPE_CHECKING:
     from embeddings.training.options import Options
+    from merging.progress import Work
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; cuda gives each process a GPU of its own.")]
 Seed = Annotated[
@@ -59,20 +61,14 @@ def train(
     settings = training_config.load(config)
     settings = settings if seed is None else replace(settings, seed=seed)
     from embeddings.training import bag
-    from merging.cli import finish, resumable, say
-    from merging.progress import work_bars
+    from merging.cli import say
 
-    options = _options(device, workers, processes, force, log, dry_run)
-    if options is None:
-        return
-    with work_bars() as progress, resumable(not (force or dry_run)):
+    def job(options: Options, progress: Work) -> dict[str, Any]:
         if dry_run:
-            result = bag.plan(settings, run, options=options, progress=progress)
-        else:
-            result = bag.train_run(settings, run, options=options, progress=progress, note=say)
-    if result:
-        _tell(result, as_json)
-        finish(result, as_json)
+            return bag.plan(settings, run, options=options, progress=progress)
+        return bag.train_run(settings, run, options=options, progress=progress, note=say)
+
+    _carry_out(job, _options(device, workers, processes, force, log, dry_run), force or dry_run, as_json)
 
 
 def update(
@@ -98,27 +94,28 @@ def update(
     wait_passively()
     from embeddings.training import metrics
     from embeddings.training.update import update_model
-    from merging.cli import finish, resumable, say
-    from merging.progress import work_bars
+    from merging.cli import say
 
     metrics.refuse_unknown(log or ())
-    options = _options(device, "1", processes, force, log, dry_run)
+    said = {"base": base, "core": core, "config": config, "seed": seed, "dry_run": dry_run, "note": say}
+
+    def job(options: Options, progress: Work) -> dict[str, Any]:
+        return update_model(model, data, out, **said, options=options, progress=progress)  # type: ignore[arg-type]
+
+    _carry_out(job, _options(device, "1", processes, force, log, dry_run), force or dry_run, as_json)
+
+
+def _carry_out(
+    job: Callable[[Options, Work], dict[str, Any]], options: Optional[Options], anew: bool, as_json: bool
+) -> None:
+    """Does the work under its bars and prints what came of it; in a process of a team that is not the first, nothing."""
+    from merging.cli import finish, resumable
+    from merging.progress import work_bars
+
     if options is None:
         return
-    with work_bars() as progress, resumable(not (force or dry_run)):
-        result = update_model(
-            model,
-            data,
-            out,
-            base=base,
-            core=core,
-            config=config,
-            seed=seed,
-            options=options,
-            dry_run=dry_run,
-            progress=progress,
-            note=say,
-        )
+    with work_bars() as progress, resumable(not anew):
+        result = job(options, progress)
     if result:
         _tell(result, as_json)
         finish(result, as_json)

@@ -61,15 +61,15 @@ def train_by_ray(config: TrainingConfig, run: Path, jobs: Sequence[Job], options
 def _train(config: TrainingConfig, run: Path, job: Job, options: Options, threads: int) -> CuveeError | None:
     import torch
 
-    from embeddings.training import bag
+    from embeddings.training import members
     from embeddings.training.disk import disk_errors
     from merging.loading import only_our_words
 
     torch.set_num_threads(threads)
     try:
         with disk_errors(run), only_our_words():
-            sets = bag.read_sets(config, run, replace(options, force=False), lambda *_: None, lambda line: None)
-            bag.train_member(config, sets, job, options, lambda *_: None, run)
+            sets = members.read_sets(config, run, replace(options, force=False), lambda *_: None, lambda line: None)
+            members.train_member(config, sets, job, options, lambda *_: None, run)
     except CuveeError as error:
         return error
     return None

@@ -103,7 +103,7 @@ class _Place:
 
 
 def _work(config: TrainingConfig, run: Path, job: Job, options: Options, place: _Place, report: Any) -> None:
-    from embeddings.training import bag
+    from embeddings.training import members
     from merging.loading import only_our_words, wait_passively
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run that is interrupted ends its workers
@@ -124,11 +124,13 @@ def _work(config: TrainingConfig, run: Path, job: Job, options: Options, place: 
 
     try:
         with disk_errors(run), only_our_words():
-            sets = bag.read_sets(config, run, replace(options, force=False), silent, silent)  # what the run has read
+            sets = members.read_sets(
+                config, run, replace(options, force=False), silent, silent
+            )  # what the run has read
             if options.processes > 1:
                 team = join(place.rank, options.processes, options.device, place.meeting)
                 options = replace(options, team=team)
-            bag.train_member(config, sets, job, options, progress, run)
+            members.train_member(config, sets, job, options, progress, run)
             options.team.leave()
     except LostError as error:
         time.sleep(_LAST_WORDS)  # the lost one's own are the better ones

@@ -34,10 +34,14 @@ from boom_table import Record, chosen_rate, mean
 
 from embeddings.evaluation import evaluate as evaluation
 from embeddings.evaluation import suite
-from embeddings.training import bag
 from embeddings.training import config as training_config
+from embeddings.training.bag import train_run
 from embeddings.training.config import TrainingConfig
 from embeddings.training.data import TrainingSet
+from embeddings.training.draws import draw
+from embeddings.training.members import open_backbone, read_sets, train_member
+from embeddings.training.options import Options
+from embeddings.training.run_folder import MODEL
 from embeddings.training.train import Job, Trained
 from embeddings.training.update import update_model
 from merging.output import write_whole
@@ -87,7 +91,7 @@ class Lab:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.options = bag.Options(device=plan.device)
+        self.options = Options(device=plan.device)
         self.sets = cache(self._sets)
 
     # ---- records ----
@@ -171,7 +175,7 @@ class Lab:
         sets, rows = self._rows(member, seed)
         number = seed * 100_000 + member.draw * 1000 + round(member.percent) + 500 * member.complement
         job = Job(out.name, rows, 1.0, number, out.with_name(f"{out.name}.work"), out)
-        return bag.train_member(config, sets, job, self.options, self.plan.progress, self.plan.out)
+        return train_member(config, sets, job, self.options, self.plan.progress, self.plan.out)
 
     def merge(self, folders: Sequence[Path], weights: Sequence[float], how: str, out: Path) -> None:
         from merging.engine import merge
@@ -197,10 +201,10 @@ class Lab:
 
     def _first_at(self, seed: int, rate: float) -> tuple[Path, float]:
         run = self._folder(seed, rate) / "first"
-        done = bag.train_run(
+        done = train_run(
             self.config(seed, rate, self.plan.rounds[0]), run, options=self.options, progress=self.plan.progress
         )
-        return run / bag.MODEL, float(done["cost"])
+        return run / MODEL, float(done["cost"])
 
     def _chain(self, name: str, seed: int, rate: float) -> list[tuple[Path, float]]:
         """The models after each round, and the pair-passes up to then."""
@@ -210,7 +214,7 @@ class Lab:
             out = self._folder(seed, rate) / name / str(number + 1)
             if name == "update":
                 done = self._update(model, number, seed, rate, out)
-                chain.append((out / bag.MODEL, rows + done["cost"]))
+                chain.append((out / MODEL, rows + done["cost"]))
                 continue
             config = self.config(seed, rate)
             if name != "retrain":
@@ -237,7 +241,7 @@ class Lab:
         if not folder.exists():
             scratch = folder.with_name(".base")
             shutil.rmtree(scratch, ignore_errors=True)
-            bag.open_backbone(self.config(0, 1e-5), "cpu", 0).save(scratch)
+            open_backbone(self.config(0, 1e-5), "cpu", 0).save(scratch)
             scratch.rename(folder)
         return folder
 
@@ -255,9 +259,7 @@ class Lab:
         return {"suite": str(self.plan.suite), "task": list(tasks), "negatives": self.plan.negatives}
 
     def _sets(self, seed: int) -> list[TrainingSet]:
-        return bag.read_sets(
-            self.config(seed, 1e-5), self.plan.out, self.options, self.plan.progress, lambda line: None
-        )
+        return read_sets(self.config(seed, 1e-5), self.plan.out, self.options, self.plan.progress, lambda line: None)
 
     def sizes(self) -> dict[str, int]:
         return {each.name: len(each) for each in self.sets(self.plan.tune_seed)}
@@ -266,8 +268,8 @@ class Lab:
         """The data sets of a member, and by name the rows that it sees."""
         sets = self.sets(seed)
         percent = 100 - member.percent if member.complement else member.percent
-        drawn = bag.draw(sets, percent, (seed, _DRAW, member.draw, round(percent * 100)))
-        core = bag.draw(sets, CORE, (seed, _CORE_DRAW))
+        drawn = draw(sets, percent, (seed, _DRAW, member.draw, round(percent * 100)))
+        core = draw(sets, CORE, (seed, _CORE_DRAW))
         own = member.tasks or tuple(each.name for each in sets)
         rows = {}
         for each in sets:

@@ -37,8 +37,10 @@ from boom_table import markdown, points
 from embeddings.evaluation import evaluate as evaluation
 from embeddings.evaluation import suite
 from embeddings.quickstart import demo_model
-from embeddings.training import bag
 from embeddings.training import config as training_config
+from embeddings.training.bag import train_run
+from embeddings.training.options import Options
+from embeddings.training.run_folder import MODEL
 from merging import methods
 from merging.engine import merge_text
 from merging.errors import CuveeError
@@ -181,7 +183,7 @@ class Lab:
         if name in foreign:
             return foreign[name]
         tuned = len(self.options.learning_rates) > 1 and seed == self.options.tune_seed
-        return (self._trial(name, self.rate(name)) if tuned else self.out / f"seed{seed}" / name) / bag.MODEL
+        return (self._trial(name, self.rate(name)) if tuned else self.out / f"seed{seed}" / name) / MODEL
 
     def prepare(self, seed: int) -> None:
         """Trains the specialists that are missing, and gathers the statistics of every model."""
@@ -206,7 +208,7 @@ class Lab:
         for rate in rates:
             if f"{rate:g}" not in known:
                 self._train(task, self.options.tune_seed, rate, self._trial(task, rate))
-                known[f"{rate:g}"] = self.score(self._trial(task, rate) / bag.MODEL, [task], "validation")[task]
+                known[f"{rate:g}"] = self.score(self._trial(task, rate) / MODEL, [task], "validation")[task]
                 write_whole(file, json.dumps(known, indent=1) + "\n")
         return max(rates, key=lambda rate: known[f"{rate:g}"])
 
@@ -222,7 +224,7 @@ class Lab:
             **{"learning_rate": rate, "loss": {"temperature": 0.05}, "seed": seed},
         }
         config = training_config.parse(yaml.safe_dump(settings), str(self.out / "config.yml"))
-        bag.train_run(config, run, options=bag.Options(device=options.device), progress=self.progress)
+        train_run(config, run, options=Options(device=options.device), progress=self.progress)
 
     def _collect(self, name: str, kind: str, seed: int) -> None:
         from merging.statistics import collect

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from embeddings.evaluation import suite
-from embeddings.training import bag
+from embeddings.training import members
 from embeddings.training.backbone import Backbone
-from embeddings.training.bag import Options
 from embeddings.training.config import TrainingConfig, load
 from embeddings.training.data import TrainingSet
+from embeddings.training.options import Options
 
 Rows = list[dict[str, Any]]
 
@@ -91,11 +91,11 @@ def config_of(folder: Path, model: Path, more: str = "", data: str = DATA) -> Tr
 
 def sets_of(config: TrainingConfig, cache: Path) -> list[TrainingSet]:
     """The data sets, read by the configuration's own tokenizer."""
-    return bag.read_sets(config, cache, Options(), lambda *_: None, lambda line: None)
+    return members.read_sets(config, cache, Options(), lambda *_: None, lambda line: None)
 
 
 def opened(config: TrainingConfig) -> Backbone:
-    return bag.open_backbone(config, "cpu", 0)
+    return members.open_backbone(config, "cpu", 0)
 
 
 def weights(model: Path) -> dict[str, Any]:

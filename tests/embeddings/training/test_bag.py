@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embeddings.training import bag
-from embeddings.training.bag import Options, draw_members, plan, train_run
+from embeddings.training.bag import plan, train_run
 from embeddings.training.config import TrainingConfig, data_settings, load
 from embeddings.training.data import TrainingSet, load_sets, read_texts
+from embeddings.training.draws import draw_core, draw_members
+from embeddings.training.member_merge import merge_members
+from embeddings.training.members import Tokenizer
+from embeddings.training.options import Options
+from embeddings.training.run_folder import claim
 from embeddings.training.train import write_row_numbers
 from merging import lineage
 from merging.engine import merge_file
@@ -71,7 +75,7 @@ def test_members_are_drawn_independently(config: TrainingConfig, sets: list[Trai
     for seed in range(400):
         seeded = replace(config, seed=seed, bags=(50, 50), core=50.0)
         one, other = draw_members(seeded, sets)
-        core = bag.draw(sets, 50, (seed, bag._CORE_DRAW))
+        core = draw_core(seeded, sets)
         shared.append(len(np.intersect1d(one.rows["word"], other.rows["word"])))
         with_core.append(len(np.intersect1d(one.rows["word"], core["word"])))
     for counts in (shared, with_core):  # hypergeometric: 16 rows, 8 and 8
@@ -122,7 +126,7 @@ def test_the_core_set_reads_back_as_the_rows_it_was_drawn_from(
 ) -> None:
     kept = np.load(run / "core" / "rows.npz")
     read = replace(config, data=data_settings(run / "core" / "data.yml"))
-    again = load_sets(read, bag.Tokenizer(config), tmp_path)
+    again = load_sets(read, Tokenizer(config), tmp_path)
     for before, after in zip(sets, again, strict=True):
         rows = kept[before.name]
         assert len(rows) == len(after) == 4
@@ -159,7 +163,7 @@ def test_weights_are_by_size_or_equal(
     (Path(config.where).parent / "other.yml").write_text(text, "utf-8")
     other = load(Path(config.where).parent / "other.yml")
     (tmp_path / "members").symlink_to(run / "members")
-    bag.merge_members(other, draw_members(other, sets), tmp_path, {"form": 1}, lambda *_: None)
+    merge_members(other, draw_members(other, sets), tmp_path, {"form": 1}, lambda *_: None)
     base = weights(Path(config.model.path))
     members = [weights(folder) for folder in sorted((run / "members").iterdir())]
     after = weights(tmp_path / "model")
@@ -182,7 +186,7 @@ def test_a_base_without_modules_is_kept_for_the_merge(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "members").symlink_to(run / "members")
     settings = replace(config, model=replace(config.model, path=str(bare)), merge=replace(config.merge, method="ties"))
-    bag.merge_members(settings, draw_members(settings, sets), tmp_path / "run", {}, lambda *_: None)
+    merge_members(settings, draw_members(settings, sets), tmp_path / "run", {}, lambda *_: None)
     assert (tmp_path / "run" / "base" / "modules.json").is_file()
     assert (tmp_path / "run" / "model" / "modules.json").is_file()
     shutil.rmtree(tmp_path)
@@ -232,7 +236,7 @@ def test_a_configuration_that_was_refused_is_mended_in_place(config: TrainingCon
     with pytest.raises(CuveeError, match=r"labels.csv:2: the row is a text and its label.*add 'type: Classification'"):
         train_run(replace(config, data=data), tmp_path / "run")
     assert plan(config, tmp_path / "run")["steps"] > 0
-    bag.claim(tmp_path / "run", "train", config, force=False)
+    claim(tmp_path / "run", "train", config, force=False)
     (tmp_path / "run" / "work").mkdir()  # from now on there is something to lose
     with pytest.raises(CuveeError, match="another configuration"):
         plan(replace(config, seed=9), tmp_path / "run")

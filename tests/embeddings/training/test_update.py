@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embeddings.training.bag import Options, train_run
+from embeddings.training.bag import train_run
 from embeddings.training.config import data_settings, load
+from embeddings.training.options import Options
 from embeddings.training.update import update_model
 from merging import lineage
 from merging.engine import merge_file
