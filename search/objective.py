@@ -88,7 +88,14 @@ class ObjectiveKind:
 
 OBJECTIVES: dict[str, ObjectiveKind] = {}
 _GROUP = "cuvee.objectives"
-_OURS = ("function",)  # modules of search.objectives, which register themselves
+_OURS = (
+    "function",
+    "entropy",
+    "pim",
+    "loss",
+    "agreement",
+    "perplexity",
+)  # modules of search.objectives, which register themselves
 
 
 def objective(name: str, title: str) -> Callable[[Make], Make]:

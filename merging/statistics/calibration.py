@@ -6,7 +6,7 @@ single text; with an image's path (`image`) or without. A .txt file has a text o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Example:
         texts: a single text; or a query and its candidates, positives first; or a pair.
         label: as the file has it. Statistics never look at it, but to choose partners.
         image: that belongs to the first text.
+        positives: how many of the candidates are right ones.
         row: its number among all rows of the data, from 0: what is drawn for it is drawn by this.
         key: tells it from all other rows.
     """
@@ -42,6 +43,7 @@ class Example:
     image: Path | None = None
     row: int = 0
     key: str = ""
+    positives: int = 0
 
     @property
     def query(self) -> str:
@@ -76,6 +78,7 @@ def draw(
     columns: Mapping[str, str] | None = None,
     candidates: int = 8,
     complete: bool = False,
+    readable: Callable[[str], bool] | None = None,
 ) -> Calibration:
     """Draws `count` rows without replacement; all where there are no more.
 
@@ -85,6 +88,7 @@ def draw(
         candidates: of a query at most, its first positive among them.
         complete: gives queries without negatives the positives of other rows for candidates, and single texts other
             rows' texts (one of their own label and the rest of others, where they have labels), `candidates` in all.
+        readable: which columns of the files may be looked at; all where it is None. The cells of others are never touched.
 
     Raises:
         StatsError: no such column, no row at all, a wrong part.
@@ -105,7 +109,7 @@ def draw(
     data = []
     for file in map(Path, files):
         before = len(rows)
-        rows.extend(_rows(file, dict(columns or {}), before, candidates))
+        rows.extend(_rows(file, dict(columns or {}), before, candidates, readable))
         if len(rows) == before:
             raise StatsError("holds no row", where=str(file))
         digest = file_digest(file)
@@ -124,11 +128,19 @@ def draw(
     return Calibration(tuple(drawn), len(rows), tuple(data))
 
 
-def _rows(file: Path, columns: Mapping[str, str], first: int, candidates: int) -> Iterator[Example]:
+def only(raw: Mapping[str, Any], readable: Callable[[str], bool]) -> dict[str, Any]:
+    """The cells of a row that may be looked at; the others are not touched."""
+    return {key: raw[key] for key in raw if readable(key)}
+
+
+def _rows(
+    file: Path, columns: Mapping[str, str], first: int, candidates: int, readable: Callable[[str], bool] | None
+) -> Iterator[Example]:
     source = _lines(file) if file.suffix.lower() == ".txt" else raw_rows(file)
     for number, (line, raw) in enumerate(source, start=first):
+        row = raw if readable is None else only(raw, readable)
         try:
-            yield replace(_example(raw, columns, file.parent, candidates), row=number)
+            yield replace(_example(row, columns, file.parent, candidates), row=number)
         except ValueError as wrong:
             what, _, mend = str(wrong).partition("; ")
             raise StatsError(what, where=f"{file}:{line}", mend=mend) from None
@@ -161,11 +173,15 @@ def _example(raw: Mapping[str, Any], columns: Mapping[str, str], folder: Path, c
             raise ValueError(f"has no '{own}'; {did_you_mean(own, raw, f'the row has {quoted(raw)}')}")
     query, positive, text, image = (found(name) for name in ("query", "positive", "text", "image"))
     label = next((raw[key] for key in found("label")), None)
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
     path = folder / _text(raw[image[0]], image[0]) if image else None
     if path is not None and not path.is_file():
         raise ValueError(f"names the image '{path}', which is missing")
+    right = 0
     if query and positive:
         positives = _texts(raw[positive[0]], positive[0])
+        right = min(len(positives), candidates)
         negatives = [each for key in found("negative") for each in _texts(raw[key], key)]
         texts = (_text(raw[query[0]], query[0]), *(*positives, *negatives)[:candidates])
     elif text or query:
@@ -180,7 +196,7 @@ def _example(raw: Mapping[str, Any], columns: Mapping[str, str], folder: Path, c
         raise ValueError(f"has no {wanted}; {near}, say --column text=NAME")
     if not texts:
         raise ValueError("names no text; remove the row")
-    return Example(texts, label if isinstance(label, str | int) else None, path)
+    return Example(texts, label if isinstance(label, str | int) else None, path, positives=right)
 
 
 def _text(value: Any, key: str) -> str:
@@ -211,11 +227,12 @@ def _completed(example: Example, rows: Sequence[Example], candidates: int, seed:
         return example
     known = set(example.texts)
     rng = np.random.default_rng([seed, 1, example.row])
-    chosen = list(example.candidates)
+    chosen, right = list(example.candidates), example.positives
     others = [rows[place] for place in rng.permutation(len(rows))[: 64 * candidates]]
     if not chosen and example.label is not None:
         same = next((o for o in others if o.label == example.label and o.query not in known), None)
         if same is not None:
+            right = 1
             chosen.append(same.query)
             known.add(same.query)
             others = [other for other in others if other.label != example.label]
@@ -226,4 +243,4 @@ def _completed(example: Example, rows: Sequence[Example], candidates: int, seed:
             known.add(text)
         if len(chosen) >= candidates:
             break
-    return replace(example, texts=(example.query, *chosen))
+    return replace(example, texts=(example.query, *chosen), positives=right)

@@ -7,6 +7,7 @@ token (`lm`). A LoRA adapter is merged in first. Only safetensors are read.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,11 +145,19 @@ class Network:
         vectors: torch.Tensor = state["sentence_embedding"]
         return vectors
 
-    def logits(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Float32: (texts, classes); of head `regression` (texts, values); of head `lm` (texts, longest, vocabulary)."""
+    def logits(self, features: Mapping[str, torch.Tensor], positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Float32: (texts, classes); of head `regression` (texts, values); of head `lm` (texts, longest, vocabulary).
+
+        Args:
+            positions: (some,): of head `lm`, those places only: (texts, some, vocabulary).
+        """
         assert self.head != "embedding"
-        logits: torch.Tensor = self.module(**self._arguments(features)).logits
-        return logits.float()
+        arguments = self._arguments(features)
+        spares = positions is not None and "logits_to_keep" in inspect.signature(self.module.forward).parameters
+        if spares:  # the vocabulary is what costs
+            arguments["logits_to_keep"] = positions
+        logits: torch.Tensor = self.module(**arguments).logits
+        return (logits if positions is None or spares else logits[:, positions]).float()
 
     def forward(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """`vectors` or `logits`."""

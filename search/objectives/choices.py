@@ -1,0 +1,257 @@
+"""Choices: what a model believes of fixed inputs: for each a distribution over all that it may choose.
+
+The inputs are read and tokenised once; the weights may be others at every call. What there is to choose between:
+
+    classification      the classes; of a head that is ordinal (`coral`, `corn`) the ranks
+    lm                  the scores that it may answer, see `score_tokens`
+    embedding           prototypes, or the candidates of each query: softmax of cosine / temperature
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from merging.errors import CuveeError
+from merging.statistics.calibration import draw
+from merging.statistics.job import micro_batches
+from merging.statistics.network import Network
+from merging.statistics.tokens import Tokens
+from search.objectives.inputs import Input, label_of, labelled, places, unlabelled
+from search.objectives.tasks import CORAL, CORN, Opening, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TOKENS = 4096  # of a micro-batch at most
+_ALL = 1 << 62
+_LEAST = -100.0  # logarithm of what counts as impossible
+
+
+class Choices(ABC):
+    """N inputs, and what a model may choose for each.
+
+    Attributes:
+        names: of the K choices, in order; () where every input has its own.
+        counts: how many each input has, where it has its own; K of them at most.
+        answers: (N,) the place of the right choice; None where no answer is known.
+        valid: share of the inputs for which the model's most probable output is a choice at all, as `probabilities` found
+            it last; None where there is no other.
+    """
+
+    names: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
+    answers: tuple[int, ...] | None = None
+    valid: float | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def log_p(self, items: Sequence[int]) -> Tensor:
+        """Log-probabilities of some inputs, (items, K), on the model's device, with gradient where there is one.
+
+        What is no choice of an input, of those that have their own, has -100.
+        """
+
+    def probabilities(self) -> Tensor:
+        """Of all inputs, (N, K), float64, on the CPU; without gradient."""
+        import torch
+
+        with torch.no_grad():
+            return self.log_p(range(len(self))).cpu().double().exp()
+
+
+class Classes(Choices):
+    """Of a classifier.
+
+    Args:
+        head: "classification", whose softmax it is; or "coral" (arXiv 1901.07884) or "corn" (arXiv 2111.08851), whose
+            K - 1 outputs say how probable it is that a rank is exceeded, the latter if those below are.
+        names: of the choices; () for the model's own.
+
+    Raises:
+        CuveeError: not as many names as choices; a model that gives several labels at once.
+    """
+
+    def __init__(self, network: Network, inputs: Sequence[Input], head: str, names: Sequence[str], where: str) -> None:
+        config, self.head = network.config, head
+        several = getattr(config, "problem_type", None) == "multi_label_classification"
+        if several and head not in (CORAL, CORN):
+            mend = "an ordinal head is said by 'head: coral' or 'head: corn'"
+            raise CuveeError("the model gives several labels at once, not one of them", where=where, mend=mend)
+        outputs = int(config.num_labels) + (head in (CORAL, CORN))
+        own = {int(place): str(name) for place, name in (getattr(config, "id2label", None) or {}).items()}
+        if head in (CORAL, CORN):
+            own = {place: str(place) for place in range(outputs)}
+        if names and len(names) != outputs:
+            raise CuveeError(f"{len(names)} scores, and the model has {outputs} choices", where=where)
+        if outputs < 2:
+            raise CuveeError("the model gives a number, not a choice", where=where, mend="see 'head'")
+        self.names = tuple(names or (own[place] for place in range(outputs)))
+        self._network, self._tokens = network, _read(network, inputs)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def log_p(self, items: Sequence[int]) -> Tensor:
+        outputs = forward(self._network, [self._tokens[item] for item in items])
+        return ordinal(outputs, self.head) if self.head in (CORAL, CORN) else outputs.log_softmax(1)
+
+
+class Prototypes(Choices):
+    """Of an embedding model: which of some texts an input is nearest to.
+
+    Args:
+        prototypes: texts by the name of the choice; of several the mean of their directions is taken.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        inputs: Sequence[Input],
+        prototypes: Mapping[str, Sequence[str]],
+        temperature: float,
+    ) -> None:
+        self.names = tuple(prototypes)
+        self._network, self._temperature = network, temperature
+        self._tokens = _read(network, inputs)
+        self._texts = network.read([text for own in prototypes.values() for text in own])
+        self._of = [place for place, own in enumerate(prototypes.values()) for _ in own]
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def log_p(self, items: Sequence[int]) -> Tensor:
+        import torch
+
+        vectors = forward(self._network, [*(self._tokens[item] for item in items), *self._texts])
+        directions = torch.nn.functional.normalize(vectors)
+        texts, several = directions[: len(items)], directions[len(items) :]
+        sums = torch.zeros(len(self.names), texts.shape[1], dtype=texts.dtype, device=texts.device)
+        sums = sums.index_add(0, torch.tensor(self._of, device=texts.device), several)
+        cosines = texts @ torch.nn.functional.normalize(sums).T
+        return (cosines / self._temperature).log_softmax(1)
+
+
+class Candidates(Choices):
+    """Of an embedding model: which of a query's own candidates answers it. A text that several have is read once."""
+
+    def __init__(self, network: Network, inputs: Sequence[Input], temperature: float) -> None:
+        self._network, self._temperature = network, temperature
+        self._queries = network.read([each.texts[0] for each in inputs], "query", [each.image for each in inputs])
+        distinct = {text: place for place, text in enumerate(dict.fromkeys(t for e in inputs for t in e.candidates))}
+        self._documents = network.read(list(distinct), "document")
+        self._of = [[distinct[text] for text in each.candidates] for each in inputs]
+        self.counts = tuple(map(len, self._of))
+
+    def __len__(self) -> int:
+        return len(self._queries)
+
+    def log_p(self, items: Sequence[int]) -> Tensor:
+        import torch
+
+        most = max(self.counts)
+        wanted = {place: row for row, place in enumerate(dict.fromkeys(p for item in items for p in self._of[item]))}
+        tokens = [*(self._queries[item] for item in items), *(self._documents[place] for place in wanted)]
+        directions = torch.nn.functional.normalize(forward(self._network, tokens))
+        filled = [[wanted[p] for p in self._of[item]] for item in items]
+        rows = torch.tensor([own + own[:1] * (most - len(own)) for own in filled], device=directions.device)
+        real = torch.tensor([[c < len(own) for c in range(most)] for own in filled], device=directions.device)
+        documents = directions[len(items) :][rows]  # (items, candidates, dimension)
+        cosines = (directions[: len(items), None] * documents).sum(2)
+        scores = (cosines / self._temperature).masked_fill(~real, -torch.inf)
+        return scores.log_softmax(1).clamp(min=_LEAST)
+
+
+def choices_of(task: Task, network: Network, opening: Opening, *, with_answers: bool) -> Choices:
+    """Reads a task's inputs, and makes of them what this model may choose.
+
+    Args:
+        with_answers: labels are read too. Without, no label is looked at.
+
+    Raises:
+        CuveeError: data that cannot be read; a model that has no choices, or others.
+    """
+    head = opening.head if opening.head in (CORAL, CORN) else network.head
+    ranking = head == "embedding" and task.prototypes is None
+    if head == "lm" and not task.scores:
+        mend = "write 'scores: [1, 2, 3]' and 'template'"
+        raise CuveeError("a language model needs the scores that it may answer", where=task.where, mend=mend)
+    if head == "regression":
+        mend = "an ordinal head is said by 'head: coral' or 'head: corn'"
+        raise CuveeError("the model gives a number, not a choice", where=task.where, mend=mend)
+    answers: Sequence[str] = ()
+    if with_answers:
+        inputs, answers = labelled(task, ranking=ranking)
+    else:
+        inputs = unlabelled(task, ranking=ranking)
+    found = _choices(task, network, head, inputs)
+    if with_answers:
+        file = str(task.files[0])
+        found.answers = (0,) * len(inputs) if ranking else tuple(places(answers, found.names, file))
+    return found
+
+
+def _choices(task: Task, network: Network, head: str, inputs: Sequence[Input]) -> Choices:
+    if head == "lm":
+        from search.objectives.score_tokens import ScoreTokens
+
+        return ScoreTokens(network, inputs, task.scores, task.template, task.where)
+    if head != "embedding":
+        return Classes(network, inputs, head, task.scores, task.where)
+    if task.prototypes is None:
+        return Candidates(network, inputs, task.temperature)
+    return Prototypes(network, inputs, prototypes_of(task), task.temperature)
+
+
+def prototypes_of(task: Task) -> Mapping[str, tuple[str, ...]]:
+    """Texts by the name of a choice: as the YAML says them, or from a file: a text each line, or a table with labels.
+
+    Raises:
+        CuveeError: fewer than two.
+    """
+    if not isinstance(task.prototypes, Path):
+        assert task.prototypes is not None
+        return task.prototypes
+    found: dict[str, tuple[str, ...]] = {}
+    for each in draw([task.prototypes], _ALL).examples:
+        name = each.query if each.label is None else label_of(each)
+        found[name] = (*found.get(name, ()), each.query)
+    if len(found) < 2:
+        raise CuveeError("holds fewer than two prototypes", where=str(task.prototypes))
+    return found
+
+
+def ordinal(outputs: Tensor, head: str) -> Tensor:
+    """Log-probabilities of K ranks, (inputs, K), from log-odds of exceeding each but the last, (inputs, K - 1).
+
+    CORAL's are each for itself, and where they are not in order what is below 0 counts as 0; CORN's hold if the rank below
+    is exceeded.
+    """
+    import torch
+
+    exceeded = outputs.sigmoid()
+    if head == CORN:
+        exceeded = exceeded.cumprod(1)
+    one = torch.ones_like(exceeded[:, :1])
+    shares = (torch.cat([one, exceeded], 1) - torch.cat([exceeded, 0 * one], 1)).clamp(min=0)
+    return (shares / shares.sum(1, keepdim=True)).clamp(min=1e-43).log().clamp(min=_LEAST)
+
+
+def forward(network: Network, tokens: Sequence[Tokens]) -> Tensor:
+    """Vectors or logits, (texts, …), in the order of the texts; run in micro-batches of like length."""
+    import torch
+
+    batches = micro_batches([len(each) for each in tokens], [1] * len(tokens), _TOKENS)
+    found = [network.forward(network.features([tokens[place] for place in places_])) for places_ in batches]
+    back = np.argsort(np.concatenate([np.asarray(own) for own in batches]), kind="stable")
+    return torch.cat(found)[torch.from_numpy(back).to(found[0].device)]
+
+
+def _read(network: Network, inputs: Sequence[Input]) -> list[Tokens]:
+    return network.read([each.text for each in inputs], None, [each.image for each in inputs])

@@ -1,0 +1,102 @@
+"""OverChoices: what objectives have in common that look at the model's own distribution over what it may choose."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from merging.sources import ModelRef
+from search.objective import Candidate, Scores
+from search.objectives.choices import Choices, choices_of
+from search.objectives.tasks import CORAL, CORN, Opening, Task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+VALID = "valid"
+
+
+class OverChoices(ABC):
+    """An objective that is a function of log-probabilities, for each task.
+
+    Args:
+        name: of the objective, for the score of a task that has none.
+        with_answers: labels are read.
+
+    Attributes:
+        tasks: by name, once prepared.
+    """
+
+    def __init__(self, name: str, tasks: Sequence[Task], opening: Opening, *, with_answers: bool) -> None:
+        self.name, self.opening, self._tasks, self._with_answers = name, opening, tuple(tasks), with_answers
+        self.tasks: dict[str, Choices] = {}
+
+    def prepare(self, model: ModelRef, device: str) -> torch.nn.Module:
+        """Opens the model, and reads the inputs of every task.
+
+        Raises:
+            CuveeError: a model or data that cannot be read.
+        """
+        from merging.statistics.network import open_network
+        from search.objectives.score_tokens import DEFAULT_LENGTH
+
+        opening, head = self.opening, self.opening.head
+        if head in (CORAL, CORN):
+            head = "classification"
+        elif head == "auto" and any(task.prototypes is not None for task in self._tasks):
+            head = "embedding"
+        length = opening.max_length or (DEFAULT_LENGTH if any(task.scores for task in self._tasks) else None)
+        network = open_network(model, head=head, device=device, dtype=opening.dtype, max_length=length)
+        self.tasks = {
+            task.name or self.name: choices_of(task, network, opening, with_answers=self._with_answers)
+            for task in self._tasks
+        }
+        for task in self._tasks:
+            self.read(task, self.tasks[task.name or self.name])
+        return network.module
+
+    def read(self, task: Task, choices: Choices) -> None:  # noqa: B027  (most have nothing to add)
+        """Takes note of what a task says besides, now that its choices are known.
+
+        Raises:
+            CuveeError: it does not go with the choices.
+        """
+
+    @abstractmethod
+    def value(self, task: str, log_p: Tensor, items: Sequence[int]) -> Tensor:
+        """The task's score of some inputs, with gradient where there is one; higher is better.
+
+        Args:
+            log_p: (items, K), as `Choices.log_p` gives them.
+        """
+
+    def __call__(self, candidate: Candidate, /) -> Scores:
+        found: dict[str, float] = {}
+        valid: dict[str, float] = {}
+        for name, choices in self.tasks.items():
+            log_p = choices.probabilities().log().clamp(min=-100.0)
+            found[name] = float(self.value(name, log_p, range(len(choices))))
+            if choices.valid is not None:
+                valid[VALID if name == self.name else f"{name}.{VALID}"] = choices.valid
+        total = sum(found.values()) / len(found)
+        return Scores(total, {**found, **valid})
+
+
+class Smooth(OverChoices):
+    """One whose value has a gradient by the model's weights; see `search.adamerging`.
+
+    Attributes:
+        whole: only all inputs together have a value; else that of some is the same but for chance.
+    """
+
+    whole = False
+
+    def sizes(self) -> Mapping[str, int]:
+        """How many inputs each task has."""
+        return {name: len(choices) for name, choices in self.tasks.items()}
+
+    def smooth(self, task: str, items: Sequence[int]) -> Tensor:
+        """A task's value on some of its inputs, 0-dimensional, with its graph."""
+        return self.value(task, self.tasks[task].log_p(items), items)
