@@ -280,15 +280,12 @@ def report(records: Sequence[Mapping[str, Any]], options: argparse.Namespace, la
     content = {"options": {k: str(v) for k, v in vars(options).items()}, "commit": commit(), "records": records}
     write_whole(lab.out / "adapt.json", json.dumps(content, indent=1) + "\n")
 
-    def best(record: Mapping[str, Any]) -> float:
-        return max(score for arm, score in record["test"].items() if arm.startswith("source "))
-
-    def mean_source(record: Mapping[str, Any]) -> float:
-        return statistics.fmean(score for arm, score in record["test"].items() if arm.startswith("source "))
+    def singles(record: Mapping[str, Any]) -> list[float]:
+        return [score for arm, score in record["test"].items() if arm.startswith("source ")]
 
     arms: dict[str, Callable[[Mapping[str, Any]], float]] = {
-        "a source, mean of three": mean_source,
-        "the best source, known by the test": best,
+        "a source, mean of three": lambda record: statistics.fmean(singles(record)),
+        "the best source, known by the test": lambda record: max(singles(record)),
     }
     for arm in records[0]["test"]:
         if not arm.startswith("source "):
