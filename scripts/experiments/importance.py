@@ -135,7 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return parser(__doc__).parse_args(arguments)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Also for experiments that go on from these specialists."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", type=Path, required=True, help="the folder that build_suite.py --full wrote")
     parser.add_argument("--out", type=Path, required=True, help="the experiment's folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -154,7 +159,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="", help="a folder; by default the demo's MiniLM")
     parser.add_argument("--foreign", type=Path, nargs="+", default=[], help="models to merge, instead of training some")
     parser.add_argument("--device", default="cpu")
-    return parser.parse_args(arguments)
+    return parser
 
 
 class Lab:
