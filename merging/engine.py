@@ -91,6 +91,7 @@ def merge(
             entry,
             views.models,
             out,
+            base=views.base,
             relative_to=relative_to,
             seed=seed,
             device=device,
@@ -98,6 +99,7 @@ def merge(
             dry_run=dry_run,
             note=note,
         )
+        recipe_statistics.refuse_other_scales(recipe, entry, views.models)
         plan = make_plan(recipe, entry, views.models, views.base)
         for line in plan.notes:
             note(line)
@@ -112,7 +114,7 @@ def merge(
                 note(line)
             inputs = [_input(view) for view in views.all]
             digests = {str(i["model"]): str(i["digest"]) for i in inputs}
-            recipe_statistics.refuse_other_models(views.models, digests)
+            recipe_statistics.refuse_other_models(views.models, digests, views.base)
             if execution.owners:
                 summary["owned"] = execution.owners.shares
             _add_side_files(staging, recipe, entry, views, plan, digests, relative_to)

@@ -19,7 +19,7 @@ class Coefficients:
 
     Args:
         method, base, models: of every recipe.
-        stats: of each model, the folder; None where there are none.
+        stats: of each model, what a recipe says of them; None where there are none.
         fixed: parameters that stay the same, as `recipe` takes them.
     """
 
@@ -28,7 +28,7 @@ class Coefficients:
         method: Method,
         base: ModelRef,
         models: Sequence[ModelRef],
-        stats: Sequence[str] | None,
+        stats: Sequence[str | Mapping[str, Any]] | None,
         fixed: Mapping[str, Any],
     ) -> None:
         self._method, self._base, self._models, self._stats, self._fixed = method, base, models, stats, dict(fixed)

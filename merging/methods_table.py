@@ -117,7 +117,11 @@ def _entry(method: Method) -> dict[str, Any]:
         "models": [method.min_models, method.max_models],
         "summary": method.summary,
         "source": method.source,
-        "statistics": {"kinds": list(method.statistics), "if": method.statistics_if} if method.statistics else None,
+        "statistics": (
+            {"kinds": list(method.statistics), "if": method.statistics_if, "at": method.statistics_at}
+            if method.statistics
+            else None
+        ),
         "parameters": {name: _parameter_entry(parameter) for name, parameter in method.parameters.items()},
     }
 
@@ -152,7 +156,9 @@ def _statistics(method: Method, mark: str = "'") -> str:
     kinds = " or ".join(f"{mark}{kind}{mark}" for kind in method.statistics)
     when = method.statistics_if
     where = f" with {mark}{when[0]}: {when[1]}{mark}" if when else ""
-    return f"Statistics of every model: {kinds}{where}"
+    at = method.statistics_at
+    scaled = f", with {mark}{at[1]}: {at[2]}{mark} of θ₀ + λᵢτᵢ, λ the {mark}{at[0]}{mark}" if at else ""
+    return f"Statistics of every model: {kinds}{where}{scaled}"
 
 
 def _signature(parameter: Parameter) -> str:

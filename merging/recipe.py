@@ -200,6 +200,23 @@ class Recipe:
         said = [c.value if isinstance(c.value, tuple) else (c.value,) for c in setting.conditions]
         return any(value in each for each in said)
 
+    def scales(self, method: Method) -> tuple[float, ...] | None:
+        """Of each of `merged(method)` the s where the method takes its statistics of θ₀ + s·τ; None: of the models as they are.
+
+        Raises:
+            RecipeError: the s differ from tensor to tensor.
+        """
+        if method.statistics_at is None:
+            return None
+        name, option, value = method.statistics_at
+        setting = self.parameters.get(option)
+        if setting is not None and not setting.constant:
+            raise RecipeError(f"'{option}' cannot differ by tensor", where=setting.where, mend="give one value")
+        if (method.parameters[option].default if setting is None else setting.conditions[0].value) != value:
+            return None
+        mend = f"give each model one '{name}', or set '{option}' otherwise"
+        return tuple(self._resolution(method).constant_of(name, "at which statistics are taken", mend))
+
     def values(self, method: Method, tensor_name: str, t: float) -> tuple[dict[str, Any], dict[str, list[Any]]]:
         """A method's parameters for one tensor.
 
@@ -449,6 +466,7 @@ def _check_statistics(recipe: Recipe, method: Method) -> list[str]:
                     where=source.stats.where,
                     mend=did_you_mean(kind, method.statistics, f"it takes {quoted(method.statistics)}"),
                 )
+        recipe.scales(method)
     unused = [s for s in recipe.models if s.stats is not None and not (wanted and s in merged)]
     if not unused:
         return []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ def attach(
     models: Sequence[View],
     out: Path,
     *,
+    base: View | None = None,
     relative_to: Path | None,
     seed: int,
     device: str,
@@ -40,9 +43,11 @@ def attach(
     """Gives each model its statistics, if the method works by them.
 
     What the recipe names data for is computed into `OUT.stats`, and found there by the next merge; not so in a dry run.
+    `refuse_other_scales` says whether they belong to these coefficients.
 
     Args:
         models: the views of `recipe.merged(method)`, in that order.
+        base: the base's view if the method uses one.
         relative_to: a second place to look for relative paths, after the working directory.
         seed, device: of a computation, where the recipe says no other.
 
@@ -51,33 +56,80 @@ def attach(
     """
     if not recipe.wants_statistics(method):
         return
-    for source, view in zip(recipe.merged(method), models, strict=True):
+    merged = recipe.merged(method)
+    for source, view, scale in zip(merged, models, recipe.scales(method) or [None] * len(merged), strict=True):
         assert source.stats is not None  # or the recipe would not have passed its check
         if source.stats.path is None:
-            defaults = {"kind": method.statistics[0], "seed": seed, "device": device}
-            options = {**defaults, **source.stats.options}
+            options = options_of(source.stats, method, seed=seed, device=device)
             more = {"dry_run": dry_run, "trust_remote_code": trust_remote_code, "note": note}
-            folder = _computed(source, view, options, Path(f"{out}.stats"), relative_to, more)
+            origin = None if base is None or scale is None else (base, scale)
+            folder = _computed(source, view, options, Path(f"{out}.stats"), relative_to, more, origin)
             if folder is None:
                 continue
         else:
             folder = _opened(source.stats, relative_to)
-        _refuse_mismatch(folder, source, view, method)
+        _refuse_mismatch(folder, source, view, method, base)
         view.statistics = folder
 
 
-def refuse_other_models(models: Sequence[View], digests: Mapping[str, str]) -> None:
+def options_of(stats: StatsRef, method: Method, *, seed: int, device: str) -> dict[str, Any]:
+    """Arguments of `cuvee stats` for statistics that a recipe names data for.
+
+    Args:
+        seed, device: where the recipe says no other.
+    """
+    defaults: dict[str, Any] = {"kind": method.statistics[0], "seed": seed, "device": device}
+    if method.statistics_examples is not None:
+        defaults["examples"] = method.statistics_examples
+    return {**defaults, **stats.options}
+
+
+def refuse_other_scales(recipe: Recipe, method: Method, models: Sequence[View]) -> None:
+    """Statistics of models that are scaled back to their base hold for that scale only.
+
+    Args:
+        models: with their statistics, in the order of `recipe.merged(method)`.
+
+    Raises:
+        MergeError: they were taken at another scale than the recipe's.
+    """
+    if not recipe.wants_statistics(method):
+        return
+    merged = recipe.merged(method)
+    for source, view, scale in zip(merged, models, recipe.scales(method) or [None] * len(merged), strict=True):
+        known = view.statistics
+        if known is None or _same_scale(known.scale, scale):
+            continue
+        where = f"{source.stats.where or known.path}" if source.stats else str(known.path)
+        taken = "of the model itself" if known.scale is None else f"at {known.scale:g} of its task vector"
+        data = "write 'stats: {data: FILE}', which takes them at whatever scale"
+        if scale is None:
+            raise MergeError(f"the statistics were taken {taken}, not of the model itself", where=where, mend=data)
+        name = method.statistics_at[0] if method.statistics_at else ""
+        what = f"the statistics were taken {taken}, and '{name}' is {scale:g}"
+        raise MergeError(what, where=where, mend=f"{data}, or make them by --base BASE --scale {scale:g}")
+
+
+def _same_scale(taken: float | None, wanted: float | None) -> bool:
+    """The model itself is that at scale 1."""
+    return taken == wanted or math.isclose(1.0 if taken is None else taken, 1.0 if wanted is None else wanted)
+
+
+def refuse_other_models(models: Sequence[View], digests: Mapping[str, str], base: View | None = None) -> None:
     """The certain check, once every byte of the models has been read: fingerprints may agree by chance.
 
     Args:
-        digests: of the models' weights, by reference.
+        digests: of the models' weights and the base's, by reference.
 
     Raises:
         MergeError: statistics of other weights.
     """
     for view in models:
-        if view.statistics and view.statistics.model_digest != digests[str(view.ref)]:
-            raise _other_model(view.statistics, view, str(view.statistics.path))
+        known = view.statistics
+        if known and known.model_digest != digests[str(view.ref)]:
+            raise _other_model(known, view, str(known.path))
+        if known and known.base and base and known.base["digest"] != digests[str(base.ref)]:
+            raise _other_base(known, base, str(known.path))
 
 
 def described(view: View) -> dict[str, Any]:
@@ -90,6 +142,7 @@ def described(view: View) -> dict[str, Any]:
         "kind": known.kind,
         "examples": known.examples,
         "digest": known.digest,
+        **({} if known.scale is None else {"scale": known.scale}),
     }
     return {"statistics": content}
 
@@ -134,28 +187,46 @@ def _computed(
     cache: Path,
     relative_to: Path | None,
     more: dict[str, Any],
+    origin: tuple[View, float] | None,
 ) -> Statistics | None:
-    """Statistics of earlier merges into the same output, if nothing that they depend on has changed; else made now."""
+    """Statistics of earlier merges into the same output, if nothing that they depend on has changed; else made now.
+
+    Args:
+        origin: base and scale, for statistics of the model scaled back to it; those of earlier scales go.
+    """
     from merging.statistics import collect, fingerprint, open_statistics
 
     assert source.stats is not None
     data = _located(options.pop("data"), relative_to)
     if not data.is_file():
         raise CuveeError("no such file of texts", where=f"{source.stats.where}: {data}", mend="name a file in 'data'")
-    key = json.dumps([fingerprint(view), lineage.file_digest(data), options], sort_keys=True)
+    key = json.dumps(
+        [fingerprint(view), lineage.file_digest(data), options, *([fingerprint(origin[0])] if origin else [])],
+        sort_keys=True,
+    )
     name = re.sub(r"[^\w.-]+", "-", Path(view.ref.path).name)[:60] or "model"
-    folder = cache / f"{name}-{xxhash.xxh3_64_hexdigest(key.encode())}"
+    name = f"{name}-{xxhash.xxh3_64_hexdigest(key.encode())}"
+    folder = cache / (f"{name}-at-{origin[1]!r}" if origin else name)
     if folder.is_dir():
         return open_statistics(folder)
     kind, note = options.pop("kind"), more["note"]
-    found = ModelRef(str(view.checkpoint.path), adapter=str(view.adapter.file.parent) if view.adapter else None)
+    if origin:
+        options |= {"base": _found(origin[0]), "scale": origin[1]}
     if not more["dry_run"]:
-        note(f"computing {kind} statistics of {source.model} on {data} into {folder}")
-    collect(found, data, kind, folder, **options, **more)
+        for past in cache.glob(f"{name}-at-*") if origin else ():
+            shutil.rmtree(past, ignore_errors=True)
+        at = f" at {origin[1]:g}" if origin else ""
+        note(f"computing {kind} statistics of {source.model}{at} on {data} into {folder}")
+    collect(_found(view), data, kind, folder, **options, **more)
     return None if more["dry_run"] else open_statistics(folder)
 
 
-def _refuse_mismatch(folder: Statistics, source: Source, view: View, method: Method) -> None:
+def _found(view: View) -> ModelRef:
+    """The model where it was found."""
+    return ModelRef(str(view.checkpoint.path), adapter=str(view.adapter.file.parent) if view.adapter else None)
+
+
+def _refuse_mismatch(folder: Statistics, source: Source, view: View, method: Method, base: View | None) -> None:
     from merging.statistics import fingerprint
 
     where = source.stats.where if source.stats else ""
@@ -168,6 +239,17 @@ def _refuse_mismatch(folder: Statistics, source: Source, view: View, method: Met
         )
     if folder.fingerprint != fingerprint(view):
         raise _other_model(folder, view, where)
+    if folder.base and base and folder.base["fingerprint"] != fingerprint(base):
+        raise _other_base(folder, base, where)
+
+
+def _other_base(folder: Statistics, base: View, where: str) -> MergeError:
+    made_from = (folder.base or {}).get("ref", "another model")
+    return MergeError(
+        f"the statistics were made with another base ({made_from}) than {base.ref}",
+        where=where,
+        mend="make them anew by 'cuvee stats' with this base",
+    )
 
 
 def _other_model(folder: Statistics, view: View, where: str) -> MergeError:

@@ -117,6 +117,20 @@ class Resolution:
         """Shared values, and lists of one value for each of `sources`. The same objects may come again: read only."""
         return self.constant or self._evaluate(tensor_name, t)
 
+    def constant_of(self, name: str, purpose: str, mend: str) -> list[Any]:
+        """A per-model parameter's value for each model.
+
+        Args:
+            purpose, mend: for the error.
+
+        Raises:
+            RecipeError: it is filtered or graded.
+        """
+        chains = self._per_model[name]
+        if odd := next((chain for chain in chains if not chain.constant), None):
+            raise RecipeError(f"'{name}', {purpose}, differs by tensor", where=odd.settings[0].where, mend=mend)
+        return [chain.at("", 0.0) for chain in chains]
+
     def refuse_weights_of_sum_0(self) -> None:
         """Normalising divides by the sum of the weights; what is filtered or graded cannot be judged here.
 

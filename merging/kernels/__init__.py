@@ -47,7 +47,8 @@ class _ForLittleWork:
 
     _NUMPY = frozenset({
         "cholesky", "combine", "drop", "empty", "finite", "gram", "host_buffer", "l1", "load", "narrow", "no_owners",
-        "on_host", "row_gram", "solve", "store", "to_host", "uniform_bits", "vector", "weigh", "wide", "xp",
+        "on_host", "row_gram", "solve", "store", "to_host", "uniform_bits", "vector", "weigh",
+        "weigh_deltas", "wide", "xp",
     })  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:

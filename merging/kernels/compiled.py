@@ -40,7 +40,7 @@ __all__ = [
     "blend", "blend_deltas", "cholesky", "claim", "combine", "drop", "drop_above", "drop_by_rank", "drop_owned", "elect", "empty",
     "fine_histogram", "finite", "gram", "histogram", "host_buffer", "keep_above", "keep_largest_in_rows", "keep_where",
     "l1", "load", "narrow", "no_owners", "on_host", "row_gram", "saliency", "select", "sign_counts", "solve",
-    "split_ties", "store", "take", "to_host", "uniform_bits", "vector", "weigh", "wide", "xp",
+    "split_ties", "store", "take", "to_host", "uniform_bits", "vector", "weigh", "weigh_deltas", "wide", "xp",
 ]  # fmt: skip
 
 _LANE = 1024  # elements per inner block: the temporaries of a block stay in the first-level cache
@@ -591,3 +591,30 @@ def _weigh(values, importance, factors, shares, floor, out):
 
 def weigh(values: Floats, importance: Floats, factors: Floats, shares: Floats, floor: float, out: Floats) -> None:
     _weigh(values, importance, factors, shares, np.float32(floor), out)
+
+
+@_compile(void(float32[::1], float32[:, ::1], float32[:, ::1], float32[::1], float32, float32[::1]))
+def _weigh_deltas(base, deltas, importance, weights, floor, out):
+    divisor = np.empty(_LANE, np.float32)
+    plain = np.empty(_LANE, np.float32)
+    count = np.float32(weights.size)
+    for start in range(0, out.size, _LANE):
+        block, origin = out[start : start + _LANE], base[start : start + _LANE]
+        block[:] = np.float32(0)
+        divisor[:] = np.float32(0)
+        plain[:] = np.float32(0)
+        for k in range(weights.size):
+            row, important = deltas[k, start : start + _LANE], importance[k, start : start + _LANE]
+            weight = weights[k]
+            for i in range(block.size):
+                share = important[i] + floor
+                scaled = row[i] * weight
+                block[i] += share * scaled
+                divisor[i] += share
+                plain[i] += scaled
+        for i in range(block.size):
+            block[i] = (block[i] / divisor[i] * count if divisor[i] > 0 else plain[i]) + origin[i]
+
+
+def weigh_deltas(base: Floats, deltas: Floats, importance: Floats, weights: Floats, floor: float, out: Floats) -> None:
+    _weigh_deltas(base, deltas, importance, weights, np.float32(floor), out)

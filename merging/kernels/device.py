@@ -234,6 +234,21 @@ class TorchKernels:
         mean = (shares[:, None] * values).sum(0)
         out.copy_(torch.where(divisor > 0, (weights * values).sum(0) / divisor, mean))
 
+    def weigh_deltas(
+        self,
+        base: torch.Tensor,
+        deltas: torch.Tensor,
+        importance: torch.Tensor,
+        weights: torch.Tensor,
+        floor: float,
+        out: torch.Tensor,
+    ) -> None:
+        shares = importance.add_(floor)
+        divisor = shares.sum(0)
+        scaled = deltas.mul_(weights[:, None])
+        plain = scaled.sum(0)
+        out.copy_(torch.where(divisor > 0, (shares * scaled).sum(0) / divisor * len(deltas), plain)).add_(base)
+
     def cholesky(self, matrix: torch.Tensor) -> tuple[torch.Tensor, float] | None:
         from scipy.linalg import lapack
 

@@ -323,6 +323,29 @@ def weigh(values: Floats, importance: Floats, factors: Floats, shares: Floats, f
     out[:] = mean
 
 
+def weigh_deltas(base: Floats, deltas: Floats, importance: Floats, weights: Floats, floor: float, out: Floats) -> None:
+    """out = base + k · Σ Fᵢλᵢτᵢ / Σ Fᵢ, `floor` added to every F; base + Σ λᵢτᵢ where that divisor is 0.
+
+    Args:
+        deltas: τ (k, n). importance: F (k, n). weights: λ (k,).
+
+    Source: arXiv 2504.18992.
+    """
+    divisor = np.zeros_like(out)
+    plain = np.zeros_like(out)
+    out[:] = 0.0
+    for row, important, weight in zip(deltas, importance, weights, strict=True):
+        share = important + np.float32(floor)
+        scaled = row * weight
+        out += share * scaled
+        divisor += share
+        plain += scaled
+    np.divide(out, divisor, out=out, where=divisor > 0)
+    out *= np.float32(len(deltas))
+    np.copyto(out, plain, where=~(divisor > 0))
+    out += base
+
+
 def cholesky(matrix: NDArray[np.float64]) -> tuple[Any, float] | None:
     """Factor of a symmetric matrix, in its place, and an estimate of its condition; None if it is not positive definite."""
     from scipy.linalg import LinAlgError, cho_factor, lapack  # here: it takes time to load, and few methods need it

@@ -74,6 +74,42 @@ def fisher(
     return Final(run, statistics=True)
 
 
+@method(
+    "df_merge",
+    title="DF-Merge",
+    base="required",
+    source="arXiv 2504.18992",
+    statistics=("fisher",),
+    statistics_at=("weight", "fisher", "scaled"),
+    statistics_examples=30,
+)
+def df_merge(
+    x: Inputs,
+    *,
+    weight: Annotated[PerModel[Annotated[float, Range(0, 1)]], "factor λ of the task vector"],
+    fisher: Annotated[Literal["scaled", "frozen"], "of θ₀ + λᵢτᵢ, or of the models themselves"] = "scaled",
+    floor: Annotated[float, Range(low=0), "added to every Fisher"] = 1e-12,
+) -> Final:
+    """θ₀ + M · Σ Fᵢλᵢτᵢ / Σ Fᵢ, Fᵢ the diagonal of the Fisher information of θ₀ + λᵢτᵢ (`cuvee stats --base --scale`).
+
+    Each model is first scaled back towards the base, and its Fisher is that of the scaled model; neither the λ nor the F are
+    normalised, as in the authors' code. M is the number of models: with equal F the result is `task_arithmetic`, and with
+    λ = 1/M the mean. With λ = 1/M and `fisher: frozen`, F of the models as they are, it is Fisher merging. Where all F are 0,
+    and in tensors of which a model has no Fisher, F counts as equal.
+    """
+    if not all(x.known):
+        if any(x.known):
+            x.note("merged with equal Fisher, because only some of the models have its Fisher")
+        return x.add_deltas(weight)
+    weights = x.kernels.vector(weight)
+
+    def run(chunk: Chunk) -> Values:
+        x.kernels.weigh_deltas(chunk.base, chunk.deltas(), chunk.statistics, weights, floor, chunk.out)
+        return chunk.out
+
+    return Final(run, statistics=True)
+
+
 @method("regmean", title="RegMean", source="arXiv 2212.09849", statistics=("gram",))
 def regmean(
     x: Inputs,

@@ -80,6 +80,9 @@ class Method:
         source: paper or page that defines it.
         statistics: kinds of `cuvee stats` that the method takes of its models, the one to make by default first.
         statistics_if: parameter and value under which it needs them; None: always.
+        statistics_at: (λ, parameter, value): where the parameter has that value, statistics are not those of the models but of
+            θ₀ + λᵢτᵢ, λ a parameter that each model has one of.
+        statistics_examples: rows that statistics are made of on the way, where the recipe says nothing; None: as ever.
         ownership: whether it says of each coordinate which model it comes from (`Chunk.owners`).
     """
 
@@ -94,6 +97,8 @@ class Method:
     survey: Callable[..., Any] | None = None
     statistics: tuple[str, ...] = ()
     statistics_if: tuple[str, str] | None = None
+    statistics_at: tuple[str, str, str] | None = None
+    statistics_examples: int | None = None
     ownership: bool = False
     summary: str = field(default="", compare=False)
 
@@ -112,6 +117,8 @@ def method(
     survey: Callable[..., Any] | None = None,
     statistics: tuple[str, ...] = (),
     statistics_if: tuple[str, str] | None = None,
+    statistics_at: tuple[str, str, str] | None = None,
+    statistics_examples: int | None = None,
     ownership: bool = False,
     replace: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -140,6 +147,8 @@ def method(
             survey=survey,
             statistics=statistics,
             statistics_if=statistics_if,
+            statistics_at=statistics_at,
+            statistics_examples=statistics_examples,
             ownership=ownership,
             summary=(inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " "),
         )

@@ -17,7 +17,7 @@ Data = Annotated[
     Optional[list[Path]],
     typer.Option(help="JSONL, CSV, TSV, Parquet or .txt; may be given more than once.", readable=False),
 ]
-Kind = Annotated[Optional[str], typer.Option(help="fisher, moments or gram.", show_default=False)]
+Kind = Annotated[Optional[str], typer.Option(help="fisher, moments, gram or score-prior.", show_default=False)]
 Columns = Annotated[
     Optional[list[str]],
     typer.Option("--column", help="What the data call a column: text=body, query=q …", show_default=False),
@@ -38,6 +38,12 @@ def stats(
     part: Annotated[
         str, typer.Option(help="Only the i-th of n parts of these rows, to be combined later: i/n.")
     ] = "1/1",
+    base: Annotated[
+        Optional[str], typer.Option(help="Of the model scaled towards this one, with --scale.", show_default=False)
+    ] = None,
+    scale: Annotated[
+        Optional[float], typer.Option(help="What is left of the model's task vector: BASE + scale·(MODEL − BASE).")
+    ] = None,
     combine: Annotated[
         bool, typer.Option("--combine", help="Combine the folders that stand in the model's place.")
     ] = False,
@@ -49,6 +55,10 @@ def stats(
     batch_size: Annotated[Optional[int], typer.Option(help="By default as many as are quick.")] = None,
     temperature: Annotated[float, typer.Option(help="Of fisher's softmax over a query's candidates.")] = 0.05,
     candidates: Annotated[int, typer.Option(help="Of a query, for fisher.")] = 8,
+    scores: Annotated[
+        Optional[str],
+        typer.Option(help="Of score-prior: the least and the greatest score, LOW:HIGH.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of all draws.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of the model's arithmetic.")] = "float32",
@@ -66,10 +76,22 @@ def stats(
         finish(_combine(models or [], out, force=force), as_json)
         return
     model, out, data, kind = _given(models or [], out, data or [], kind)
+    if kind == "score-prior":
+        from merging.statistics.score_prior import collect_score_prior
+
+        columns, bounds = _columns(column or []), _bounds(scores)
+        result = collect_score_prior(
+            model, data, out, columns=columns, scores=bounds, seed=seed, force=force, dry_run=dry_run
+        )
+        found = f"Beta({result['alpha']:.4f}, {result['beta']:.4f}) of {result['examples']} scores"
+        say(f"{found} from {result['scores'][0]:g} to {result['scores'][1]:g}: {out}")
+        finish(result, as_json)
+        return
     wait_passively()
     from merging.statistics.collect import collect
 
     options: dict[str, Any] = {"columns": _columns(column or []), "part": _part(part), "progress": None, "note": say}
+    options |= {"base": base, "scale": scale}
     options |= {"examples": examples, "head": head, "max_length": max_length, "batch_size": batch_size, "seed": seed}
     options |= {"temperature": temperature, "candidates": candidates, "device": device, "dtype": dtype}
     options |= {"trust_remote_code": trust_remote_code, "force": force, "dry_run": dry_run}
@@ -105,7 +127,7 @@ def _given(
 ) -> tuple[str, Path, list[Path], str]:
     from merging.errors import CuveeError
 
-    mend = "cuvee stats MODEL --data FILE --kind fisher|moments|gram --out FOLDER"
+    mend = "cuvee stats MODEL --data FILE --kind fisher|moments|gram|score-prior --out FOLDER"
     if len(models) != 1:
         raise CuveeError("wants a model" if not models else "wants one model", where="cuvee stats", mend=mend)
     for name, value in (("--data", data), ("--kind", kind), ("--out", out)):
@@ -123,6 +145,18 @@ def _columns(given: list[str]) -> dict[str, str]:
         if not name or not value:
             raise CuveeError(f"'{name}' names no column", where="--column", mend="write text=NAME")
     return columns
+
+
+def _bounds(given: str | None) -> tuple[float, float] | None:
+    from merging.errors import CuveeError
+    from merging.tables import as_number
+
+    if given is None:
+        return None
+    low, high = (as_number(part) for part in (given.partition(":")[::2]))
+    if not low < high < float("inf") or low == float("-inf"):
+        raise CuveeError(f"'{given}' is no range of scores", where="--scores", mend="write 1:6")
+    return low, high
 
 
 def _part(given: str) -> tuple[int, int]:

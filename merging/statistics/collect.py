@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from merging.statistics.folder import KINDS, StatsError, fingerprint, write_stat
 from merging.statistics.job import Job, Note
 from merging.statistics.network import HEADS, Network, head_of, open_network
 from merging.statistics.resume import Partial
+from merging.statistics.scaled import of_model, refuse_strangers, scaled
 from merging.views import View
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def collect(
     kind: str,
     out: str | Path,
     *,
+    base: str | os.PathLike[str] | ModelRef | None = None,
+    scale: float | None = None,
     examples: int = 128,
     part: tuple[int, int] = (1, 1),
     seed: int = 0,
@@ -56,6 +59,7 @@ def collect(
         model: a folder, a hub id, or either with a LoRA adapter, `model+adapter`.
         data: JSONL, CSV, TSV, Parquet or .txt; see `merging.statistics.calibration`.
         kind: "fisher", "moments" or "gram".
+        base, scale: of the model θ₀ + scale·(θ − θ₀) instead, θ₀ the base's weights; all but the weights is then the base's.
         examples: rows to draw, without replacement; all where there are fewer.
         part: (i, n): the i-th of n parts of these rows, for `combine`.
         seed: of all draws.
@@ -77,29 +81,38 @@ def collect(
     """
     began = time.perf_counter()
     _refuse_settings(kind, head, batch_size, max_length, temperature)
+    _refuse_scale(base, scale)
     out, note = Path(out), note or (lambda line: None)
     refuse_existing(out, force=force)
     ref = model if isinstance(model, ModelRef) else ModelRef.parse(model)
     files = [data] if isinstance(data, str | Path) else list(data)
     view = View.open(ref)
-    with view.checkpoint:
-        head = head_of(view.checkpoint) if head == "auto" else head
+    origin = None if base is None else View.open(base if isinstance(base, ModelRef) else ModelRef.parse(base))
+    with ExitStack() as opened:
+        opened.enter_context(view.checkpoint)
+        if origin is not None:
+            opened.enter_context(origin.checkpoint)
+            refuse_strangers(view, origin)
+        head = head_of((origin or view).checkpoint) if head == "auto" else head
         complete = kind == "fisher" and head == "embedding"
         calibration = draw(
             files, examples, seed=seed, part=part, columns=columns, candidates=candidates, complete=complete
         )
         if len(calibration.examples) * part[1] < examples and calibration.rows < examples:
             note(f"the data have {calibration.rows} rows, not {examples}: all are taken")
+        if origin is not None and scale is not None:  # in a dry run the base, which is made like it, stands for it
+            ref = origin.ref if dry_run else opened.enter_context(scaled(ref, origin.ref, scale))
         network = open_network(
             ref, head=head, device=device, dtype=dtype, max_length=max_length, trust_remote_code=trust_remote_code
         )
-        identity = {"ref": str(ref), "path": str(view.checkpoint.path), "fingerprint": fingerprint(view)}
-        identity["digest"] = view.digest()
+        identity, base_identity = _identity(view), None if origin is None else _identity(origin)
     for line in network.notes:
         note(line)
     settings: dict[str, Any] = {"head": head, "dtype": dtype, "max_length": network.max_length}
     if complete:
         settings |= {"temperature": temperature, "candidates": candidates}
+    if base_identity is not None:
+        settings |= {"scale": scale, "base": base_identity["digest"]}
     job = _job(kind, network, calibration, settings, seed, batch_size, note)
     refuse_too_much(job.parameters, device)
     result: dict[str, Any] = {
@@ -125,6 +138,7 @@ def collect(
     }
     with Partial(out, run) as partial:
         found = job.run(partial, progress or (lambda what, done, total: None), note)
+        found = found if origin is None else of_model(found, view, origin)
         manifest = {
             "examples": len(calibration.examples),
             "parameters": sum(own.size for own in found.tensors.values()),
@@ -137,6 +151,7 @@ def collect(
             "part": f"{part[0]}/{part[1]}",
             "columns": dict(columns or {}),
             "model": identity,
+            **({"base": base_identity} if base_identity else {}),
             "device": device,
             "batch_size": batch_size,
             "versions": lineage.versions("torch", "transformers", "sentence-transformers", "numpy"),
@@ -165,6 +180,12 @@ def _job(
     from merging.statistics.input_job import input_job
 
     return input_job(kind, network, calibration, seed, batch_size, note)
+
+
+def _identity(view: View) -> dict[str, str]:
+    """What a manifest says of a model."""
+    place = {"ref": str(view.ref), "path": str(view.checkpoint.path)}
+    return {**place, "fingerprint": fingerprint(view), "digest": view.digest()}
 
 
 def refuse_too_much(numbers: int, device: str) -> None:
@@ -206,3 +227,14 @@ def _refuse_settings(kind: str, head: str, batch_size: int | None, max_length: i
             raise StatsError(f"{value} is too little", where=name, mend="give a number from 1")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise StatsError(f"{temperature} is no temperature", where="--temperature", mend="give a number above 0")
+
+
+def _refuse_scale(base: object, scale: float | None) -> None:
+    if base is None and scale is None:
+        return
+    if base is None:
+        raise StatsError("wants the base that the model is scaled to", where="--scale", mend="add --base BASE")
+    if scale is None:
+        raise StatsError("wants the share of the task vector that is left", where="--base", mend="add --scale 0.4")
+    if not math.isfinite(scale):
+        raise StatsError(f"{scale} is no number", where="--scale", mend="give a number, such as 0.4")

@@ -75,6 +75,17 @@ class Statistics:
     def names(self) -> tuple[str, ...]:
         return tuple(self.tensors)
 
+    @property
+    def scale(self) -> float | None:
+        """Where it was made of θ₀ + scale·(θ − θ₀) instead of the model itself."""
+        return float(self.manifest["settings"]["scale"]) if self.base else None
+
+    @property
+    def base(self) -> Mapping[str, str] | None:
+        """θ₀ then: ref, path, digest and fingerprint, as of the model."""
+        base: Mapping[str, str] | None = self.manifest.get("base")
+        return base
+
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
 
@@ -265,16 +276,20 @@ def _refuse_unsound(manifest: Mapping[str, Any], where: Path) -> None:
         value = manifest.get(key)
         return isinstance(value, dict) and all(type(number) is int and number >= 0 for number in value.values())
 
-    model = manifest.get("model")
+    def identity(model: Any) -> bool:
+        return isinstance(model, dict) and all(isinstance(model.get(key), str) for key in ("digest", "fingerprint"))
+
+    settings, base = manifest.get("settings"), manifest.get("base")
     sound = {
         "kind": manifest.get("kind") in KINDS,
         "examples": type(manifest.get("examples")) is int and manifest["examples"] > 0,
         "rows": numbers("rows"),
         "axes": numbers("axes"),
         "seed": type(manifest.get("seed")) is int,
-        "settings": isinstance(manifest.get("settings"), dict),
+        "settings": isinstance(settings, dict) and (base is None or isinstance(settings.get("scale"), int | float)),
         "data": isinstance(manifest.get("data"), list),
-        "model": isinstance(model, dict) and all(isinstance(model.get(key), str) for key in ("digest", "fingerprint")),
+        "model": identity(manifest.get("model")),
+        "base": base is None or identity(base),
     }
     for key, is_sound in sound.items():
         if not is_sound:

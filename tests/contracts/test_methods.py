@@ -27,7 +27,7 @@ SMALL_CHUNK = 1024  # elements: the last of the shapes has longer rows
 #: Bit for bit the same in any chunks: nothing but comparisons and exact counts crosses the elements of a tensor.
 ELEMENTWISE = {
     "linear", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della",
-    "della_linear", "nearswap", "ram", "ramplus_tl", "obim",
+    "della_linear", "nearswap", "ram", "ramplus_tl", "obim", "df_merge",
 }  # fmt: skip
 
 #: Two inputs play different parts, each model draws its own mask, or who is listed first claims first.
@@ -56,6 +56,7 @@ GIVES_THE_MODEL_BACK: dict[str, dict[str, Any]] = {
     "ram": {"epsilon": 0.0},  # everything is shared
     "ramplus_tl": {"epsilon": 0.0},
     "fisher": {"weight": [0.2, 0.5, 1.7]},
+    "df_merge": {"weight": 1 / 3},
     "regmean": {"weight": [0.2, 0.5, 1.7]},
     "obim": {"density": [1.0, 0.3, 0.2]},  # the first claims all
 }
@@ -141,6 +142,11 @@ def test_entry_says_all_that_others_need(method: Method) -> None:
             assert parameter.high is None or parameter.default <= parameter.high
         if parameter.choices and parameter.default is not REQUIRED:
             assert parameter.default in parameter.choices
+    if method.statistics_at is not None:
+        scale, option, value = method.statistics_at
+        assert method.statistics
+        assert method.parameters[scale].per_model
+        assert value in method.parameters[option].choices
 
 
 def test_every_built_in_method_has_an_oracle_and_settings() -> None:

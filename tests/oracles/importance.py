@@ -1,6 +1,6 @@
-"""Fisher merging, RegMean and OBIM once more: slowly, plainly, in float64, written from the formulas.
+"""Fisher merging, DF-Merge, RegMean and OBIM once more: slowly, plainly, in float64, written from the formulas.
 
-Sources: Fisher arXiv 2111.09832, RegMean 2212.09849, OBIM 2502.12217 as the project reconstructs it.
+Sources: Fisher arXiv 2111.09832, DF-Merge 2504.18992, RegMean 2212.09849, OBIM 2502.12217 as the project reconstructs it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,32 @@ def fisher(
         total = total + factor * np.maximum(information, least) * model
         divisor = divisor + factor * np.maximum(information, least)
     return np.where(divisor > 0, total / np.where(divisor > 0, divisor, 1), mean)
+
+
+def df_merge(
+    base: Array,
+    models: list[Array],
+    *,
+    statistics: Statistics,
+    weight: Any,
+    fisher: str = "scaled",
+    floor: float = 1e-12,
+) -> Array:
+    """θ₀ + M · Σ Fλτ / Σ F, coordinate by coordinate; θ₀ + Σ λτ where no F says anything, or a model has none."""
+    start = np.asarray(base, np.float64)
+    taus = [task_vector(model, base) for model in models]
+    weights = per_model(weight, len(models))
+    if any(each is None for each in statistics):
+        statistics = [np.ones(start.shape)] * len(models)
+    wide = [np.broadcast_to(np.asarray(own, np.float64), start.shape) + floor for own in statistics]
+    result = np.empty(start.shape)
+    for place in np.ndindex(*start.shape):
+        told = [own[place] for own in wide]
+        if sum(told) == 0:
+            told = [1.0] * len(models)
+        moved = sum(f * w * tau[place] for f, w, tau in zip(told, weights, taus, strict=True))
+        result[place] = start[place] + len(models) * moved / sum(told)
+    return result
 
 
 def regmean(

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.oracles.importance import Statistics, fisher, keep_salient, obim, reach_salient, regmean
+from tests.oracles.importance import Statistics, df_merge, fisher, keep_salient, obim, reach_salient, regmean
 from tests.oracles.thinning import (
     Array,
     agreeing,
@@ -444,7 +444,7 @@ ORACLES: dict[str, Callable[..., Array]] = {
     for function in (
         linear, task_arithmetic, ties, dare_linear, dare_ties, della, della_linear, breadcrumbs, breadcrumbs_ties,
         slerp, nuslerp, multislerp, karcher, model_stock, sce, arcee_fusion, nearswap, ram, ramplus_tl,
-        fisher, regmean, obim,
+        fisher, df_merge, regmean, obim,
     )
 }  # fmt: skip
 

@@ -43,6 +43,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"weight": [0.2, 0.5, 1.7], "floor": 0.01, "floor_is": "absolute"},
         {"weight": [0.2, 0.0, 1.7], "floor": 0.0},
     ],
+    "df_merge": [
+        {"weight": 0.4, "fisher": "frozen"},
+        {"weight": [0.2, 0.5, 1.0], "fisher": "frozen", "floor": 0.01},
+        {"weight": [0.0, 0.7, 0.3], "fisher": "frozen", "floor": 0.0},
+    ],
     "regmean": [{}, {"weight": [0.2, 0.5, 1.7], "alpha": 0.1, "damping": 0.01}, {"alpha": 1.0}],
     "obim": [
         {},

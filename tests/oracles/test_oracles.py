@@ -21,7 +21,7 @@ SEED = 9
 
 def mergekits(name: str, parameters: dict[str, Any]) -> bool:
     """Whether mergekit has all that the setting asks for."""
-    if name in ("fisher", "regmean", "obim") or "saliency" in parameters:
+    if name in ("fisher", "df_merge", "regmean", "obim") or "saliency" in parameters:
         return False
     if name in RANDOM:
         return parameters.get("rescale_by") == "norm" or parameters.get("rescale") is False
