@@ -70,6 +70,7 @@ def open_model(
     truncate_dim: int | None = None,
     trust_remote_code: bool = False,
     name: str | None = None,
+    packed: bool = True,
 ) -> EmbeddingModel:
     """Opens a folder, a hub id (`owner/name[@revision]`), or either with a LoRA adapter (`model+adapter`).
 
@@ -80,6 +81,7 @@ def open_model(
         truncate_dim: keep only so many leading dimensions, of a model that was trained for it.
         trust_remote_code: run Python code that comes with the model.
         name: for tables; by default `labels([ref])`.
+        packed: linear layers are laid out for speed, see `embeddings.packed`; else they stay as transformers made them.
 
     Raises:
         CuveeError: nothing there, no safetensors, no embedding model, or a setting that does not fit it.
@@ -97,7 +99,8 @@ def open_model(
             transformer = load_transformer(
                 folder, str(model), dtype=dtype, device=device, truncate_dim=truncate_dim, trusted=trust_remote_code
             )
-    pack_linears(transformer)
+    if packed:
+        pack_linears(transformer)
     dimension = _dimension(transformer, str(model))
     if truncate_dim is not None and dimension < truncate_dim:
         raise CuveeError(

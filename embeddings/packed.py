@@ -6,6 +6,7 @@ model that is a quarter of the time (`scripts/bench_encode.py`). The numbers are
 
 from __future__ import annotations
 
+import copy
 import platform
 from typing import Any
 
@@ -17,21 +18,52 @@ def pack_linears(module: Any) -> int:
 
     None on machines where this is no gain: with another processor than x86, or a torch without oneDNN.
     """
+    return len(_pack(module))
+
+
+def _pack(module: Any) -> list[tuple[Any, Any]]:
+    """Each packed layer, and the one whose place it took."""
     import torch
 
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
-        return 0
+        return []
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return 0
-    packed = 0
+        return []
+    packed: list[tuple[Any, Any]] = []
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if _can_be_packed(child):
-                setattr(parent, name, _packed_linear(child, gelu=_takes_gelu_of(parent, name)))
-                packed += 1
+                packed.append((_packed_linear(child, gelu=_takes_gelu_of(parent, name)), child))
+                setattr(parent, name, packed[-1][0])
                 if _takes_gelu_of(parent, name):
                     parent.intermediate_act_fn = torch.nn.Identity()
     return packed
+
+
+class PackedTwin:
+    """A module's twin for encoding while something else rewrites the module's weights: all is shared but the packed layers.
+
+    Attributes:
+        module: the twin; where nothing can be packed, the module itself.
+    """
+
+    def __init__(self, module: Any) -> None:
+        twin = _twin(module, {})
+        self._layers = _pack(twin)
+        self.module = twin if self._layers else module
+
+    def refresh(self) -> None:
+        """Takes the weights as they are now."""
+        for packed, linear in self._layers:
+            packed.pack(linear)
+
+
+def _twin(module: Any, known: dict[int, Any]) -> Any:
+    """Modules of its own, with the same parameters, buffers and all else; a module that is used twice stays one."""
+    if id(module) not in known:
+        known[id(module)] = new = copy.copy(module)
+        new._modules = {name: None if child is None else _twin(child, known) for name, child in module._modules.items()}
+    return known[id(module)]
 
 
 def _can_be_packed(child: Any) -> bool:
@@ -59,6 +91,9 @@ def _packed_linear(linear: Any, *, gelu: bool) -> Any:
             super().__init__()
             self.in_features, self.out_features = linear.in_features, linear.out_features
             self.bias = linear.bias
+            self.pack(linear)
+
+        def pack(self, linear: Any) -> None:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
 
         @property

@@ -8,8 +8,8 @@ wrapper of sentence-transformers chooses them, and the vectors are the same up t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import xxhash
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mteb.types import PromptType
 
 Vectors = NDArray[np.float32]
+#: Rows of texts, and what the model's forward takes for them.
+Batch: TypeAlias = tuple[list[int], Mapping[str, Any]]
 #: Tokens of a batch, padding included: what keeps its activations in the cache of a CPU, or fills a GPU.
 CPU_BUDGET, CPU_LOW_PRECISION_BUDGET, ACCELERATOR_BUDGET = 1024, 2048, 32768
 _ROWS = 1024  # of a batch at most
@@ -210,16 +212,13 @@ class Encoder:
         what: str,
     ) -> None:
         """Fills the rows `new`, the longest texts first: too big a batch shows at once."""
-        if not new:
-            return
-        lengths = token_lengths(self.model, [texts[row] for row in new], prompt)
-        order = [[new[i] for i in batch] for batch in batches(lengths, budget=self._budget, rows=self._batch_size)]
+        kwargs = {} if task is None else {"task": task}
         unsaved: list[int] = []
         done, saved = 0, time.monotonic()
         try:
-            for rows in order:
-                part = [texts[row] for row in rows]
-                vectors[rows] = self._forward_texts(part, prompt, task, what)
+            for rows, features in self._batches(texts, new, prompt, kwargs):
+                vectors[rows] = self._forward(features, kwargs)
+                self._refuse_not_finite(vectors[rows], [texts[row] for row in rows], what)
                 unsaved += rows
                 done += len(rows)
                 self._progress(what, done, len(new))
@@ -233,17 +232,21 @@ class Encoder:
         if self.cache is not None and rows:
             self.cache.put_many({keys[row]: vectors[row] for row in rows})
 
-    def _forward_texts(self, texts: list[str], prompt: str | None, task: str | None, what: str) -> Vectors:
-        kwargs = {} if task is None else {"task": task}
-        vectors = self._forward(self.model.preprocess(texts, prompt=prompt, **kwargs), kwargs)
-        self._refuse_not_finite(vectors, texts, what)
-        return vectors
+    def _batches(
+        self, texts: Sequence[str], new: Sequence[int], prompt: str | None, kwargs: Mapping[str, Any]
+    ) -> Iterable[Batch]:
+        """The rows `new` in batches."""
+        if not new:
+            return
+        lengths = token_lengths(self.model, [texts[row] for row in new], prompt)
+        for batch in batches(lengths, budget=self._budget, rows=self._batch_size):
+            rows = [new[i] for i in batch]
+            yield rows, self.model.preprocess([texts[row] for row in rows], prompt=prompt, **kwargs)
 
     def _forward(self, features: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Vectors:
         import torch
 
-        device, dimension = self.model.device, self.embedding_model.dimension
-        moved = {key: value.to(device) if hasattr(value, "to") else value for key, value in features.items()}
+        dimension, moved = self.embedding_model.dimension, self._moved(features)
         with torch.inference_mode():
             try:
                 embeddings = self.model(moved, **kwargs)["sentence_embedding"]
@@ -256,6 +259,11 @@ class Encoder:
                 return np.concatenate([self._forward(half, kwargs) for half in _halves(features, count)])
             vectors: Vectors = embeddings[:, :dimension].float().cpu().numpy()
         return vectors
+
+    def _moved(self, features: Mapping[str, Any]) -> dict[str, Any]:
+        """To the model's device."""
+        device = self.model.device
+        return {key: value.to(device) if hasattr(value, "to") else value for key, value in features.items()}
 
     def _refuse_not_finite(self, vectors: Vectors, texts: Sequence[str], what: str) -> None:
         bad = ~np.isfinite(vectors).all(axis=1)  # (texts,)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +76,33 @@ def score(
     if not parts or not all(math.isfinite(part.score) for part in parts):
         raise CuveeError("mteb's score is not a number", where=target.name, mend="look at the task's labels")
     return parts, tuple(_examples(by_task, parts, aggregate=task.is_aggregate)), heard
+
+
+def kept(target: Target, *, seed: int = MTEB_SEED) -> Target:
+    """The same task with its data read once, for the scores of one model after another; one of several tasks as it is.
+
+    Raises:
+        CuveeError: data that are not there.
+    """
+    with _their_words():
+        try:
+            task = target.fresh(seed)
+            if task.is_aggregate:
+                return target
+            task.load_data()
+        except CuveeError as error:
+            raise error if error.where else CuveeError(error.what, where=target.name, mend=error.mend) from error
+        except Exception as error:  # every task of mteb has its own ways to fail
+            raise _failure(error, target) from error
+
+    def fresh(again: int) -> Any:
+        if again != seed:
+            return target.fresh(again)
+        new = type(task)(seed=seed)  # which sets the generators that are global
+        vars(new).update(copy.deepcopy(vars(task)))
+        return new
+
+    return replace(target, fresh=fresh)
 
 
 def _examples(by_task: Mapping[str, Sequence[Examples]], parts: Sequence[Part], *, aggregate: bool) -> list[Examples]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.evaluation import suite
+from embeddings.evaluation.limited import LimitedTask
 from merging.errors import CuveeError
 from merging.setting import quoted
 
@@ -53,6 +54,7 @@ def resolve(
     languages: Sequence[str] = (),
     types: Sequence[str] = (),
     split: str = "test",
+    limit: int | None = None,
     note: Callable[[str], None] | None = None,
 ) -> list[Target]:
     """The tasks that are named, each once.
@@ -65,6 +67,7 @@ def resolve(
             and suites: all of mteb's text tasks in them. Does not concern suites.
         types: likewise, of all tasks.
         split: of the suites' tasks; those that have no such split are left out.
+        limit: rows of that split, see `LimitedTask`; None: all.
         note: called with a line on what is left out.
 
     Raises:
@@ -83,7 +86,8 @@ def resolve(
     elif not names and (languages or (types and not suites)):
         found += _of_mteb((), languages, types)
     picked = [task for task in picked if not types or task.type in types]
-    found += [_of_suite(task, split) for task in _with_split(picked, split, bool(found), note)]
+    fit = _with_split(picked, split, bool(found), note)
+    found += [_of_suite(task if limit is None else LimitedTask.of(task, split, limit), split) for task in fit]
     targets: dict[str, Target] = {}
     for target in found:
         known = targets.setdefault(target.name, target)

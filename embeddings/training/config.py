@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.evaluation import suite
+from embeddings.evaluation.suite_settings import suite_folder, suite_tasks
 from embeddings.training.config_check import check_data_loss, refuse_unknown_names
 from embeddings.training.data_settings import (
     SIDES,
@@ -34,7 +35,6 @@ from embeddings.training.data_settings import (
     data_file,
     data_list,
     loss_settings,
-    suite_folder,
 )
 from embeddings.training.mining_settings import MiningSettings
 from merging import node
@@ -56,7 +56,7 @@ from merging.fields import (
 )
 from merging.node import Node
 from merging.recipe import read_file
-from merging.setting import did_you_mean, quoted, refuse_unknown_keys
+from merging.setting import did_you_mean, refuse_unknown_keys
 
 __all__ = [
     "COMPLEMENT",
@@ -393,15 +393,7 @@ def _evaluation(root: Node, near: Path) -> EvaluationSettings | None:
     refuse_unknown_keys(evaluate, [each.name for each in fields(EvaluationSettings)], "'evaluate'")
     folder = suite_folder(evaluate, near)
     split = choice(evaluate, "split", suite.SPLITS, EvaluationSettings.split)
-    tasks = {task.name: task for task in suite.load(folder)}
-    able = [name for name, task in tasks.items() if split in task.splits]
-    for name, where in texts(evaluate, "tasks"):
-        if name not in able:
-            has = f"has no {split} split" if name in tasks else "is no task of the suite"
-            raise CuveeError(f"'{name}' {has}", where=where, mend=did_you_mean(name, able, f"it has {quoted(able)}"))
-    chosen = tuple(name for name, _ in texts(evaluate, "tasks")) or tuple(able)
-    if not chosen:
-        raise CuveeError(f"no task of the suite has a {split} split", where=evaluate.where, mend="choose another split")
+    chosen = suite_tasks(evaluate, folder, split)
     every = number(evaluate, "every", EvaluationSettings.every, low=1, whole=True)
     return EvaluationSettings(folder, chosen, every, split)
 

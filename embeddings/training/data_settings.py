@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from embeddings.evaluation import suite
+from embeddings.evaluation.suite_settings import suite_folder
 from embeddings.training.mining_settings import MiningSettings, mining_settings
 from merging.errors import CuveeError
 from merging.fields import (
@@ -262,22 +263,6 @@ def _of_suite(node: Node, near: Path) -> list[DataSettings]:
             common["prompt"] = {side: both.get(side, "") for side in SIDES}
         found.append(DataSettings(_name(node, name), task.type, suite=folder, task=name, **(common | {"where": where})))
     return found
-
-
-def suite_folder(node: Node, near: Path) -> str | None:
-    """The folder that `suite:` names, absolute; None for "shipped", the one that comes with the package.
-
-    Raises:
-        CuveeError: no such folder.
-    """
-    name: str = text(node, "suite", "shipped")
-    if name == "shipped":
-        return None
-    folder = located(name, near, Path.is_dir)
-    if folder is None:
-        mend = did_you_mean(name, ["shipped"], f"write 'shipped', or a folder; {looked_for(near)}")
-        raise CuveeError(f"no such suite: {name}", where=node.value["suite"].where, mend=mend)
-    return folder
 
 
 def _common(node: Node, type_: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from embeddings.packed import pack_linears
+from embeddings.packed import PackedTwin, pack_linears
 
 TEXTS = ["a", "a cat sat on the mat", "What is the capital of Germany? " * 12]
 
@@ -65,3 +65,30 @@ def test_an_activation_that_is_not_the_exact_gelu_is_left_alone() -> None:
         expected = module(inputs)
         pack_linears(module)
         torch.testing.assert_close(module(inputs), expected)
+
+
+def test_a_twin_follows_the_weights_and_leaves_the_module_as_it_is(minilm: Path) -> None:
+    plain = SentenceTransformer(str(minilm), device="cpu")
+    before = list(plain.modules())
+    twin = PackedTwin(plain)
+    if twin.module is plain:
+        pytest.skip("linear layers are not packed on this machine")
+    assert list(plain.modules()) == before and dict(plain.named_parameters()).keys()
+    np.testing.assert_allclose(twin.module.encode(TEXTS), plain.encode(TEXTS), atol=2e-6)
+    first = plain.encode(TEXTS)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(1.02)
+    twin.refresh()
+    after = plain.encode(TEXTS)
+    assert np.abs(after - first).max() > 1e-4
+    np.testing.assert_allclose(twin.module.encode(TEXTS), after, atol=2e-6)
+    packed = SentenceTransformer(str(minilm), device="cpu")
+    packed.load_state_dict(plain.state_dict())
+    pack_linears(packed)
+    assert np.array_equal(twin.module.encode(TEXTS), packed.encode(TEXTS)), "to the bit what a packed model gives"
+
+
+def test_the_twin_of_what_cannot_be_packed_is_the_module() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2, dtype=torch.bfloat16))
+    assert PackedTwin(module).module is module
