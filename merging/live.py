@@ -8,7 +8,7 @@ merge's bits (on a GPU, with bfloat16 task vectors or with adapters its values b
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +27,11 @@ from merging.sources import ModelRef
 from merging.views import View
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
+
+    from merging.statistics.matching import Piece
 
 Ref = ModelRef | str | os.PathLike[str]
 _UNUSED = ("pooler",)  # parts that a module may have without weights in its file, since nobody reads what they give
@@ -103,7 +107,9 @@ class LiveMerge:
             merged = [step.name for step in plan.steps if self._complete(step)]
             self.groups = self._coefficients.divide(merged, groups)
             self._fractions = layers.fractions([step.name for step in plan.steps])
-            weights = _weights(module, self._base, base_view.checkpoint)
+            own = _own(module)
+            self._places = _places(own, dict(module.named_parameters()), self._base, base_view.checkpoint)
+            weights = {name: piece.of(own[parameter]) for name, (parameter, piece) in self._places.items()}
             self._storage = Storage(storage)
             self._rewriting = Rewriting(plan, seed, backend, device, threads or default_threads())
             self._plan = self._rewriting.hold(base_view, weights, self._storage, dtype)
@@ -147,6 +153,31 @@ class LiveMerge:
     def reset(self) -> None:
         """Gives the module the base's weights back."""
         self._rewriting.reset()
+
+    def gradient(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, NDArray[np.float64]]:
+        """How a loss changes along the task vectors: ⟨∂loss/∂θ, τᵢ⟩ of every tensor that is merged.
+
+        Their sum over a group's tensors is the loss's derivative by the group's weights of `task_arithmetic` (with
+        `lambda` 1, without `normalize`).
+
+        Args:
+            gradients: of the loss by the module's parameters, by name; what is missing counts as 0.
+
+        Returns:
+            By stored name (models,).
+
+        Raises:
+            MergeError: a method without a base, and so without task vectors.
+        """
+        if self._method.base == "none":
+            raise MergeError(f"'{self._method.name}' has no task vectors to look along", mend="use task_arithmetic")
+        merged = [step.name for step in self._plan.steps if step.action == "merge" and self._complete(step)]
+        found = {}
+        for name in merged:
+            parameter, piece = self._places.get(name, ("", None))
+            if piece is not None and parameter in gradients:
+                found[name] = self._rewriting.flat(piece.of(gradients[parameter].detach()))
+        return self._rewriting.along(found)
 
     def recipe(self, coefficients: Mapping[str, Any]) -> str:
         """The YAML with which `cuvee merge` makes the same merge; local folders with their whole path.
@@ -192,25 +223,35 @@ def _reference(ref: Ref) -> ModelRef:
     return replace(found, path=whole(found.path), adapter=whole(found.adapter) if found.adapter else None)
 
 
-def _weights(module: torch.nn.Module, base: ModelRef, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """By the base's stored name the module's own memory of it, in the stored shape.
+def _own(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """By name the module's own memory of what a checkpoint holds: parameters, tied ones once, and buffers.
+
+    Raises:
+        MergeError: one is in a dtype that is not stored.
+    """
+    kept = module.state_dict(keep_vars=True).keys()
+    buffers = {n: b for n, b in module.named_buffers() if n in kept and b.dtype.is_floating_point}
+    own = {name: tensor.detach() for name, tensor in {**dict(module.named_parameters()), **buffers}.items()}
+    odd = next((name for name, tensor in own.items() if str(tensor.dtype) not in STORED), None)
+    if odd is not None:
+        raise MergeError(f"'{odd}' is {own[odd].dtype}", mend="load the module in float32, bfloat16 or float16")
+    return own
+
+
+def _places(
+    own: Mapping[str, torch.Tensor], parameters: Collection[str], base: ModelRef, checkpoint: Checkpoint
+) -> dict[str, tuple[str, Piece]]:
+    """By the base's stored name, whose values it has in the module, and which part of it.
 
     Raises:
         CuveeError: a parameter is none of the base's tensors.
     """
-    from merging.statistics.matching import match
+    from merging.statistics.matching import Piece, match
 
-    parameters = dict(module.named_parameters())
-    kept = module.state_dict(keep_vars=True).keys()
-    buffers = {n: b for n, b in module.named_buffers() if n in kept and b.dtype.is_floating_point}
-    own = {name: tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
-    odd = next((name for name, tensor in own.items() if str(tensor.dtype) not in STORED), None)
-    if odd is not None:
-        raise MergeError(f"'{odd}' is {own[odd].dtype}", mend="load the module in float32, bfloat16 or float16")
     with adapter_merged(base, checkpoint.path) as folder, Checkpoint.open(folder) as stored:
         matches = match({name: tensor.cpu() for name, tensor in own.items()}, stored)
-    found = {stored_name: own[name] for name, stored_name in matches.names.items()}
-    found |= {piece.name: piece.of(own[name]) for name, pieces in matches.pieces.items() for piece in pieces}
+    found = {stored_name: (name, Piece(stored_name)) for name, stored_name in matches.names.items()}
+    found |= {piece.name: (name, piece) for name, pieces in matches.pieces.items() for piece in pieces}
     known = matches.names.keys() | matches.pieces.keys()
     missing = [n for n in parameters if n not in known and not any(part in n for part in _UNUSED)]
     if missing:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from merging import kernels
@@ -21,6 +22,7 @@ from merging.errors import MergeError
 from merging.execution import Execution
 from merging.inputs import Final, Inputs, Values
 from merging.kernels import reference
+from merging.live_gradient import along
 from merging.live_tensors import BLOCK, Held, HeldTensor, Holder, Storage, Target
 from merging.plan import Plan, Step
 from merging.random_streams import stream_key
@@ -119,6 +121,38 @@ class Rewriting(Execution):
         self._each([step for step in self.plan.steps if step.name in self.targets], self._restore)
         self._finish(check=False)
 
+    def along(self, gradients: Mapping[str, Values]) -> dict[str, NDArray[np.float64]]:
+        """By tensor the inner products of a gradient with every model's task vector, (models,); the same for any threads.
+
+        Args:
+            gradients: by stored name, (n,) float32, on the device of the kernels.
+        """
+        self.failed.clear()
+        self._wait()
+        parts: dict[tuple[str, int], Values] = {}
+        block = BLOCK if self.kernels.on_host else _DEVICE_BLOCK
+
+        def work(part: tuple[str, int, int]) -> None:
+            name, start, stop = part
+            if not self.kernels.on_host:
+                self.kernels.enter_thread()
+            parts[name, start] = along(self.held[name], gradients[name], start, stop, block, self._workspace())
+
+        with self._blas.limit(limits=1, user_api="blas"):
+            held = {name: self.held[name] for name in gradients}
+            self._each([(name, *span) for name in held for span in self._spans(held[name], held[name].columns)], work)
+        self._wait()
+        found = {name: np.zeros(len(self.held[name].models)) for name in gradients}
+        for (name, _), values in sorted(parts.items()):
+            found[name] += self.kernels.to_host(values)
+        return found
+
+    def flat(self, values: Any) -> Values:
+        """A torch tensor as (n,) float32 on the device of the kernels."""
+        if not self.kernels.on_host:
+            return values.to(self.kernels.device, self.kernels.xp.float32).reshape(-1)
+        return np.ascontiguousarray(values.cpu().float().numpy()).reshape(-1)
+
     # ---- reading ----
 
     def _held(self, step: Step, holder: Holder, base: View, rewritten: bool) -> tuple[Held, Any]:
@@ -185,9 +219,12 @@ class Rewriting(Execution):
             left = xp.concatenate([p.left * float(factors[p.model] * np.float32(p.scale)) for p in held.products], 1)
             right = xp.concatenate([p.right for p in held.products], 0)
             columns = right.shape[1]
+        return [_Slice(step, final, left, right, *span) for span in self._spans(held, columns)]
+
+    def _spans(self, held: Held, columns: int) -> list[tuple[int, int]]:
+        """What one worker takes at a time, in whole rows of `columns` elements: from where to where."""
         size = max(1, _SLICE // columns) * columns if self.kernels.on_host else held.numel
-        starts = range(0, held.numel, size)
-        return [_Slice(step, final, left, right, start, min(start + size, held.numel)) for start in starts]
+        return [(start, min(start + size, held.numel)) for start in range(0, held.numel, size)]
 
     def _blend(self, part: _Slice) -> None:
         held, target = self.held[part.step.name], self.targets[part.step.name]

@@ -6,6 +6,7 @@ is a `merging.inputs.Tensor`, so that every method of the registry reads it as i
 
 from __future__ import annotations
 
+import math
 import tempfile
 import weakref
 from collections.abc import Sequence
@@ -144,6 +145,11 @@ class Held:
     @property
     def numel(self) -> int:
         return len(self.base)
+
+    @property
+    def columns(self) -> int:
+        """Elements that are read together: a row, where models are held as factors, else one."""
+        return math.prod(self.shape[1:]) if self.products else 1
 
 
 class Holder:

@@ -25,6 +25,11 @@ class Candidates:
         run: the search's folder. scratch: for merged models; made when one is.
         note: takes lines for the user; what a merge has to say is said once.
 
+    Attributes:
+        objective: prepared.
+        module: that it opened; None where it wants folders.
+        live: what rewrites the module's weights.
+
     Raises:
         CuveeError: what the objective needs, or models that cannot be merged in memory.
     """
@@ -42,25 +47,30 @@ class Candidates:
         self._config, self._note = with_statistics(config, run / MODEL, device, note), note
         self._scratch, self._device, self._threads = scratch, device, threads
         self._names = tensor_names(config)
-        self._objective = config.make_objective()
-        module = self._objective.prepare(config.base_model or config.models[0].model, device)
-        self._live = None if module is None else self._held(module)
+        self.objective = config.make_objective()
+        self.module = self.objective.prepare(config.base_model or config.models[0].model, device)
+        self.live = None if self.module is None else self._held(self.module)
 
     def __call__(self, coefficients: Mapping[str, Any]) -> Scores:
         """Raises whatever merging or the objective does."""
         recipe = recipe_of(self._config, coefficients, self._names, where="trial.yml")
-        if self._live is not None:
-            self._live.apply(recipe)
-            self._say(self._live.notes)
-            return self._objective(Candidate(coefficients))
+        if self.live is not None:
+            self.live.apply(recipe)
+            self._say(self.live.notes)
+            return self.objective(Candidate(coefficients))
         folder, lines = self._scratch / "model", list[str]()
         options: dict[str, Any] = {"device": self._device, "threads": self._threads, "note": lines.append}
         try:
             engine.merge(recipe, folder, seed=self._config.seed, force=True, **options)
             self._say(lines)
-            return self._objective(Candidate(coefficients, folder))
+            return self.objective(Candidate(coefficients, folder))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def apply(self, coefficients: Mapping[str, Any]) -> None:
+        """Gives the module the weights of these coefficients, and leaves the score to others."""
+        assert self.live is not None
+        self.live.apply(recipe_of(self._config, coefficients, self._names, where="trial.yml"))
 
     def _held(self, module: torch.nn.Module) -> LiveMerge:
         from merging.live import LiveMerge

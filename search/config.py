@@ -8,7 +8,7 @@
       normalize: [true, false]         # a list: one of these
       lambda: 1.0                      # a value: fixed
     objective: {function: "score:ndcg", aggregate: mean, floors: {sts: 0.8}}
-    engine: gp
+    engine: gp                         # or with settings of its own: {adamerging: {rate: 0.001}}
     trials: 30
     start: [uniform, {weight: [0.5, 0.2]}, {study: ../earlier}, sobol]
     until: {seconds: 3600, no_gain: 15}
@@ -34,9 +34,10 @@ from merging.node import Node
 from merging.recipe import DTYPES, read_file
 from merging.setting import Setting, did_you_mean, quoted, refuse_unknown_keys
 from merging.sources import ModelRef, Source
-from search import objective
+from search import engines, objective
 from search.choose import OBSERVED, POSTERIOR
-from search.design import DEFAULT, SOBOL, UNIFORM, Start
+from search.cocktail import TEMPERATURE
+from search.design import COCKTAIL, DEFAULT, SOBOL, UNIFORM, Start
 from search.objective import MAX_OBJECTIVES, Goal, Objective
 from search.space import PER, Vary
 
@@ -65,6 +66,7 @@ class SearchConfig:
     Attributes:
         models: those merged, without the base; paths are absolute.
         trials: None: 30, or 50 from 8 dimensions.
+        tuning: the engine's settings, all of them.
         objective: its name; `settings` are its own.
         storage: "journal" or "sqlite", a file in RUN, or a database's URL.
         where: the file's name; `at` has the lines.
@@ -79,6 +81,7 @@ class SearchConfig:
     settings: Node
     goal: Goal
     engine: str = "gp"
+    tuning: Mapping[str, float] = field(default_factory=dict)
     trials: int | None = None
     start: tuple[Start, ...] = DEFAULT
     until: Until = field(default_factory=Until)
@@ -131,7 +134,7 @@ def parse(yaml: str, where: str = _NOUN) -> SearchConfig:
         known = [
             each.name
             for each in fields(SearchConfig)
-            if each.name not in ("settings", "goal", "where", "text", "lines")
+            if each.name not in ("settings", "goal", "tuning", "where", "text", "lines")
         ]
         refuse_unknown_keys(root, known, "a search")
         near = Path(where).parent
@@ -139,15 +142,17 @@ def parse(yaml: str, where: str = _NOUN) -> SearchConfig:
         base = given(root, "base_model")
         base_model = None if base is None else _near(ModelRef.of(base, str(near)), near)
         name, settings, goal = _objective(root)
+        engine, tuning = _engine(root)
         config = SearchConfig(
             base_model=base_model,
             models=_models(root, near, method, base_model),
             method=method,
-            vary=_vary(root, method),
+            vary=_vary(root, method, engines.get(engine).per),
             objective=name,
             settings=settings,
             goal=goal,
-            engine=text(root, "engine", SearchConfig.engine),
+            engine=engine,
+            tuning=tuning,
             trials=number(root, "trials", None, low=1, whole=True),
             start=_start(root, near),
             until=_until(root),
@@ -227,11 +232,27 @@ def _absolute(path: str, near: Path) -> str:
     return located(path, near, Path.exists) or path
 
 
-def _vary(root: Node, method: Method) -> dict[str, Vary]:
-    item = mapping(root, "vary", "{weight: {low: 0, high: 1}}")
-    if item is None:
-        return {}
-    found = {}
+def _engine(root: Node) -> tuple[str, dict[str, float]]:
+    """Its name and its settings."""
+    item = given(root, "engine") or Node(None, root.where, SearchConfig.engine)
+    said = Node(dict[str, Node](), item.where)
+    name = item
+    if isinstance(item.value, dict) and len(item.value) == 1:
+        ((key, said),) = item.value.items()
+        name = Node(key, item.where, key)
+    found = engines.get(text_of(name, "engine"), item.where)
+    if not isinstance(said.value, dict):
+        raise CuveeError(f"settings of '{found.name}' must be a mapping, not {said}", where=said.where)
+    refuse_unknown_keys(said, found.settings, f"the engine '{found.name}'")
+    return found.name, {
+        key: number(said, key, knob.default, low=knob.low, above=knob.above, whole=knob.whole)
+        for key, knob in found.settings.items()
+    }
+
+
+def _vary(root: Node, method: Method, per: str) -> dict[str, Vary]:
+    item = mapping(root, "vary", "{weight: {low: 0, high: 1}}") or Node({}, root.where)
+    found = {"weight": Vary(low=0.0, high=1.0, per=per)} if per and "weight" in method.parameters else {}
     for name, said in item.value.items():
         if name not in method.parameters:
             mend = did_you_mean(name, method.parameters, f"known: {quoted(method.parameters) or 'none'}")
@@ -346,12 +367,19 @@ def _start(root: Node, near: Path) -> tuple[Start, ...]:
     found = []
     for entry in item.value if isinstance(item.value, list) else [item]:
         if not isinstance(entry.value, dict):
-            kind = choice(Node({"start": entry}, entry.where), "start", (UNIFORM, SOBOL), UNIFORM)
+            kind = choice(Node({"start": entry}, entry.where), "start", (UNIFORM, SOBOL, COCKTAIL), UNIFORM)
             found.append(Start(kind, where=entry.where))
         elif SOBOL in entry.value:
             refuse_unknown_keys(entry, (SOBOL,), "a start")
             count = number(entry, SOBOL, None, low=1, whole=True)
             found.append(Start(SOBOL, count, where=entry.where))
+        elif COCKTAIL in entry.value:
+            refuse_unknown_keys(entry, (COCKTAIL,), "a start")
+            said = mapping(entry, COCKTAIL, "{temperature: 5}") or Node({}, entry.where)
+            refuse_unknown_keys(said, ("temperature",), "a cocktail")
+            found.append(
+                Start(COCKTAIL, temperature=number(said, "temperature", TEMPERATURE, above=0), where=entry.where)
+            )
         elif "study" in entry.value:
             refuse_unknown_keys(entry, ("study",), "a start")
             found.append(Start("study", study=_absolute(text(entry, "study", ""), near), where=entry.where))

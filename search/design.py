@@ -16,9 +16,10 @@ from typing import Any
 
 from merging.errors import CuveeError
 from merging.setting import did_you_mean
+from search.cocktail import TEMPERATURE, alone
 from search.space import Dimension, Space
 
-UNIFORM, SOBOL = "uniform", "sobol"
+UNIFORM, SOBOL, COCKTAIL = "uniform", "sobol", "cocktail"
 #: Points in all, where `sobol` says no number: what is missing to it is filled.
 POINTS = 8
 #: Of a previous study, the best.
@@ -31,16 +32,18 @@ class Start:
     """One entry of `start:`.
 
     Attributes:
-        kind: "uniform", "sobol", "point" or "study".
+        kind: "uniform", "sobol", "cocktail", "point" or "study".
         count: of Sobol's points; None: what is missing to `POINTS`, at least 2.
         values: of a point: by parameter a value, a list of one for each model, or either by group.
         study: the folder of a previous search.
+        temperature: of the cocktail.
     """
 
     kind: str
     count: int | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
     study: str = ""
+    temperature: float = TEMPERATURE
     where: str = ""
 
 
@@ -49,6 +52,8 @@ DEFAULT = (Start(UNIFORM), Start(SOBOL))
 
 def design(space: Space, starts: Sequence[Start], seed: int) -> list[dict[str, Any]]:
     """The first points to try, in order, none twice.
+
+    A cocktail is each model by itself, and in their wake `{COCKTAIL: T}` for what they will have scored.
 
     Raises:
         CuveeError: a point that the space does not hold, a study that cannot be read.
@@ -59,6 +64,8 @@ def design(space: Space, starts: Sequence[Start], seed: int) -> list[dict[str, A
             new = uniform(space)
         elif start.kind == SOBOL:
             new = sobol(space, max(2, POINTS - len(points)) if start.count is None else start.count, seed)
+        elif start.kind == COCKTAIL:
+            new = [*alone(space, start.where), {COCKTAIL: start.temperature}]
         elif start.kind == "study":
             new = from_study(space, start)
         else:

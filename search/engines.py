@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,11 +21,22 @@ from optuna.trial import FrozenTrial, TrialState
 
 from merging import registries
 from merging.errors import CuveeError
-from search.design import sobol
+from search.cocktail import TEMPERATURE, alone, loss_of, mixed
+from search.design import COCKTAIL, sobol
 from search.space import Space
 
 STARTUP = 8
 Make: TypeAlias = Callable[[Space, int], BaseSampler]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A number that an engine takes: its default, and what it may be."""
+
+    default: float
+    low: float | None = None
+    above: float | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,9 @@ class Engine:
         objectives: how many it takes at most.
         categorical: whether it takes dimensions that are no numbers; else those are drawn apart.
         startup: observations that it wants before it proposes by a model; until then points are Sobol's.
+        settings: that it takes, by name.
+        per: how weights vary where nothing is said, see `search.space.PER`; "": as the method says.
+        proposes: False: it goes its own way from point to point (`search.run` knows which).
     """
 
     name: str
@@ -45,6 +59,9 @@ class Engine:
     objectives: int = 3
     categorical: bool = True
     startup: int = STARTUP
+    settings: Mapping[str, Knob] = field(default_factory=dict)
+    per: str = ""
+    proposes: bool = True
 
 
 ENGINES: dict[str, Engine] = {}
@@ -103,6 +120,8 @@ class SeededSampler(BaseSampler):
             return {}
         if proposed := _proposed(trial, search_space):
             return proposed
+        if COCKTAIL in trial.user_attrs:
+            return _cocktail(study, self.space, trial.user_attrs[COCKTAIL])
         place = trial.number
         complete = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
         if self.engine.make is None or complete < self.engine.startup:
@@ -185,6 +204,13 @@ def _proposed(trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]) 
     return found if isinstance(found, dict) and found.keys() == search_space.keys() else {}
 
 
+def _cocktail(study: Study, space: Space, temperature: float) -> dict[str, Any]:
+    """By what the models have scored alone, the mean where there are several objectives."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    scored = [(other.params, sum(other.values) / len(other.values)) for other in done]
+    return mixed(space, [loss_of(point, scored) for point in alone(space)], temperature)
+
+
 def _plain(value: Any) -> Any:
     """A Python value of one of numpy's."""
     return value.item() if isinstance(value, np.generic) else value
@@ -228,3 +254,25 @@ def _botorch(space: Space, seed: int) -> BaseSampler:
         raise CuveeError("the engine 'botorch' is not installed", mend="pip install 'cuvee[botorch]'") from None
     sampler: BaseSampler = BoTorchSampler(seed=seed, n_startup_trials=1)
     return sampler
+
+
+ENGINES["adamerging"] = Engine(
+    "adamerging",
+    "gradient descent on the coefficients of task_arithmetic (AdaMerging); objectives: entropy, pim, loss",
+    None,
+    objectives=1,
+    settings={
+        "every": Knob(25, low=1, whole=True),
+        "rate": Knob(1e-3, above=0),
+        "batch": Knob(16, low=1, whole=True),
+    },
+    per="layers",
+    proposes=False,
+)
+ENGINES["lm_cocktail"] = Engine(
+    "lm_cocktail",
+    "the softmax of each model's score on a few examples (LM-Cocktail)",
+    None,
+    settings={"temperature": Knob(TEMPERATURE, above=0)},
+    proposes=False,
+)

@@ -25,7 +25,7 @@ from typing import Any
 from merging import engine, lineage
 from merging.errors import CuveeError
 from merging.output import alone, just_begun, write_whole
-from search import choose, engines
+from search import choose, engines, rivals
 from search.candidates import Candidates
 from search.choose import Trial
 from search.config import SearchConfig
@@ -37,7 +37,7 @@ from search.workers import search_side_by_side
 
 TABLE, BEST, FRONT = "trials.csv", "best.yml", "front.json"
 _SCRATCH = ".scratch"
-_MADE = (JOURNAL, SQLITE, f".{JOURNAL}.lock", ".ask", TRIALS, TABLE, BEST, FRONT, lineage.FILE)
+_MADE = (JOURNAL, SQLITE, f".{JOURNAL}.lock", ".ask", TRIALS, TABLE, BEST, FRONT, *rivals.MADE, lineage.FILE)
 
 
 def search_run(
@@ -134,13 +134,15 @@ def _settings(config: SearchConfig, space: Space, workers: int) -> Settings:
         "base_model": None if config.base_model is None else config.base_model.plain(),
         "objective": config.settings.plain(),
         "dtype": config.dtype,
+        **({"tuning": dict(config.tuning)} if config.tuning else {}),
     }
+    rival = rivals.get(config, workers)
     return Settings(
         space=space,
         engine=config.engine,
         seed=config.seed,
-        design=design(space, config.start, config.seed),
-        trials=config.trials_for(len(space.dimensions)),
+        design=rival.begin(config, space) if rival else design(space, config.start, config.seed),
+        trials=(config.trials or rival.trials) if rival else config.trials_for(len(space.dimensions)),
         goal=config.goal,
         identity=identity,
         seconds=config.until.seconds,
@@ -178,7 +180,11 @@ def _search(
             search_side_by_side(config, settings, run, scratch, orphans, device=device, told=told)
         else:
             evaluate = Candidates(config, run, scratch, device=device, note=note)
-            work(study, evaluate, orphans=orphans, told=told)
+            rival = rivals.get(config)
+            if rival:
+                rival.work(study, evaluate, config, orphans=orphans, told=told)
+            else:
+                work(study, evaluate, orphans=orphans, told=told)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from merging.errors import CuveeError
 from search import engines
 from search.choose import Trial, front
+from search.design import COCKTAIL
 from search.objective import Goal, Scores
 from search.space import Space
 
@@ -107,6 +108,12 @@ class Study:
                 return None
             return self.optuna.ask(self._distributions)
 
+    def put(self, point: Mapping[str, Any]) -> optuna.Trial | None:
+        """The next trial, at this point unless another waits; None: the search ends."""
+        if not self.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            self.optuna.enqueue_trial(dict(point))
+        return self.ask()
+
     def tell(self, trial: optuna.Trial, scores: Scores | None, seconds: float, error: str = "") -> None:
         """How a trial ended; without scores, or with some that are none, it failed."""
         if scores is not None:
@@ -167,7 +174,11 @@ def open_study(settings: Settings, folder: Path, storage: str = "journal", where
         _refuse_another(identity, settings.plain(), folder)
         begun = sum(_START in t.user_attrs for t in study.get_trials(deepcopy=False))
         for place, point in enumerate(settings.design):
-            if place >= begun:
+            if place < begun:
+                continue
+            if COCKTAIL in point:  # the sampler knows it once the models have scores
+                study.enqueue_trial({}, user_attrs={_START: place, **point})
+            else:
                 study.enqueue_trial(dict(point), user_attrs={_START: place})
     except CuveeError:
         raise
@@ -209,21 +220,30 @@ def work(
         trial = study.take(waiting.pop(0)) if waiting else study.ask()
         if trial is None:
             return
-        began, scores, error = time.perf_counter(), None, ""
-        try:
-            scores = evaluate(study.settings.space.coefficients(trial.params))
-        except Exception as problem:
-            error = str(problem) if isinstance(problem, CuveeError) else f"{type(problem).__name__}: {problem}"
-        study.tell(trial, scores, time.perf_counter() - began, error)
-        done = study.trials()
-        ended = next(t for t in done if t.number == trial.number)
+        ended = attempt(study, trial, evaluate)
         told(ended)
+        done = study.trials()
         failures = failures + 1 if ended.error else 0
         if failures >= _HOPELESS and not any(t.values for t in done):
             mend = "mend it and start the same command again"
             raise CuveeError(
                 f"{failures} trials in a row failed, the last one: {ended.error}", where=study.where, mend=mend
             )
+
+
+def attempt(study: Study, trial: optuna.Trial, evaluate: Evaluate, began: float | None = None) -> Trial:
+    """Evaluates a trial and tells the study how it ended.
+
+    Args:
+        began: when the work on it did, by `time.perf_counter`; None: now.
+    """
+    began, scores, error = time.perf_counter() if began is None else began, None, ""
+    try:
+        scores = evaluate(study.settings.space.coefficients(trial.params))
+    except Exception as problem:
+        error = str(problem) if isinstance(problem, CuveeError) else f"{type(problem).__name__}: {problem}"
+    study.tell(trial, scores, time.perf_counter() - began, error)
+    return next(ended for ended in study.trials() if ended.number == trial.number)
 
 
 def _refuse_another(old: Any, new: Mapping[str, Any], folder: Path) -> None:

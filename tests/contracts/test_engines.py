@@ -16,7 +16,7 @@ from search.objective import Scores
 from search.space import Space, Vary, make_space
 from search.study import Settings, open_study, work
 
-ENGINES = [name for name in engines.ENGINES if name != "botorch"]
+ENGINES = [name for name, entry in engines.ENGINES.items() if entry.proposes and name != "botorch"]
 TRIALS, KILLED_AT = 12, 9
 
 

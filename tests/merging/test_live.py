@@ -343,6 +343,77 @@ def test_a_group_alone_is_merged(zoo: Callable[[str], Family]) -> None:
         torch.testing.assert_close(value, (specialist if "attention" in name else base)[name], rtol=0, atol=1e-6)
 
 
+# ---- the gradient along task vectors ----
+
+
+def assert_gradient_of_a_linear_loss(live: LiveMerge, module: Any) -> None:
+    """L = <G, theta> for a random G: its slope by a weight is what it gains when that weight goes from 0 to 1."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = {n: torch.randn(p.shape, generator=generator).to(p.dtype) for n, p in module.named_parameters()}
+
+    def loss() -> float:
+        return sum(float((gradients[n].double() * p.detach().double()).sum()) for n, p in module.named_parameters())
+
+    found = live.gradient(gradients)
+    start, size = loss(), sum(p.numel() for p in module.parameters()) ** 0.5
+    for group in live.groups:
+        for model in range(live.models):
+            one = [float(model == i) for i in range(live.models)]
+            live.set({"weight": {g: one if g == group else 0.0 for g in live.groups}})
+            slope = sum(values[model] for name, values in found.items() if layers.group(name) == group)
+            assert slope == pytest.approx(loss() - start, rel=1e-4, abs=2e-7 * size)
+    live.reset()
+    some = dict(list(gradients.items())[:2])
+    for name, values in live.gradient(some).items():
+        np.testing.assert_array_equal(values, found[name])
+
+
+@pytest.mark.parametrize("how", ["auto", "mapped", "bfloat16", "torch", "torch bfloat16"])
+@pytest.mark.parametrize("name", ["bert-mlm", "gpt2", "mixtral"])
+def test_the_gradient_along_task_vectors(name: str, how: str, zoo: Callable[[str], Family]) -> None:
+    """Tied heads, stored transposes, experts that are loaded into one tensor."""
+    family = zoo(name)
+    module = loaded(family, dtype=torch.float32)
+    live = LiveMerge(
+        module,
+        family.base,
+        family.specialists,
+        groups=layers.group,
+        storage="mapped" if how == "mapped" else "memory",
+        dtype="bfloat16" if "bfloat16" in how else "float32",
+        backend="torch" if "torch" in how else "auto",
+    )
+    assert_gradient_of_a_linear_loss(live, module)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_gradient_along_adapters(backend: str, zoo: Callable[[str], Family], tmp_path: Path) -> None:
+    family = zoo("bert")
+    lora = adapter(family, tmp_path / "lora", 0, target_modules=["query", "dense"])
+    dora = adapter(family, tmp_path / "dora", 1, target_modules=["key", "query"], use_dora=True)
+    module = loaded(family)
+    live = LiveMerge(module, family.base, [lora, family.specialists[0], dora], groups=layers.group, backend=backend)
+    assert_gradient_of_a_linear_loss(live, module)
+
+
+def test_the_gradient_is_the_same_for_any_number_of_threads(minilm_family: MiniLMFamily, encoder: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = {n: torch.randn(p.shape, generator=generator) for n, p in encoder.named_parameters()}
+    one, three = (
+        LiveMerge(encoder, minilm_family.base, minilm_family.specialists, threads=threads).gradient(gradients)
+        for threads in (1, 3)
+    )
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, three[name])
+
+
+def test_no_gradient_without_a_base(zoo: Callable[[str], Family]) -> None:
+    family = zoo("bert")
+    live = LiveMerge(loaded(family), family.base, family.specialists, method="linear")
+    with pytest.raises(CuveeError, match="has no task vectors"):
+        live.gradient({})
+
+
 # ---- mistakes ----
 
 
