@@ -124,6 +124,11 @@ def test_a_text_that_is_too_long_is_cut_and_what_stands_after_it_is_kept(
         choices(file, language_model, scores=["w1", "w2"], template="{text} " + " ".join(sentences(9)))
 
 
+def test_scores_that_the_tokenizer_cannot_tell_apart_are_refused(texts: Path, language_model: Network) -> None:
+    with pytest.raises(CuveeError, match="cannot tell the score 'no' from others"):
+        choices(texts, language_model, scores=["yes", "no"])
+
+
 def test_prototypes_against_sentence_transformers(tmp_path: Path, embedder: Network, minilm: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
