@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from merging.statistics.matching import Piece
 
 Ref = ModelRef | str | os.PathLike[str]
-_UNUSED = ("pooler",)  # parts that a module may have without weights in its file, since nobody reads what they give
+#: Parts that a module may have without weights in its file, since nobody reads what they give.
+UNUSED = ("pooler",)
 
 
 class LiveMerge:
@@ -79,7 +80,7 @@ class LiveMerge:
         dtype: Literal["float32", "bfloat16"] = "float32",
         storage: Literal["memory", "mapped"] = "memory",
         device: str = "cpu",
-        stats: Sequence[str | os.PathLike[str]] | None = None,
+        stats: Sequence[str | os.PathLike[str] | Mapping[str, Any]] | None = None,
         seed: int = 0,
         threads: int | None = None,
         backend: str = "auto",
@@ -89,17 +90,17 @@ class LiveMerge:
         self._base, sources = _reference(base), [_reference(model) for model in models]
         if stats is not None and len(stats) != len(sources):
             raise MergeError(f"statistics of {len(stats)} models are given for {len(sources)}")
-        folders = None if stats is None else [os.path.abspath(folder) for folder in stats]
+        folders = None if stats is None else [s if isinstance(s, Mapping) else os.path.abspath(s) for s in stats]
         self.models = len(sources)
         self._coefficients = Coefficients(self._method, self._base, sources, folders, parameters or {})
         trial = self._coefficients.trial()
         trial.check(self._method)
         if len(trial.merged(self._method)) != self.models:
             raise MergeError("the base is among the models", where=str(self._base), mend="list the others only")
-        views = [View.open(source) for source in sources]
+        self._views = views = [View.open(source) for source in sources]
         base_view = View.open(self._base)
         try:
-            recipe_statistics.attach(trial, self._method, views, Path(), relative_to=None, seed=seed, device="cpu")
+            self._attach(trial, base_view, seed)
             has_base = self._method.base != "none"
             plan = make_plan(trial, self._method, views, base_view if has_base else None)
             if not has_base:
@@ -114,7 +115,8 @@ class LiveMerge:
             self._rewriting = Rewriting(plan, seed, backend, device, threads or default_threads())
             self._plan = self._rewriting.hold(base_view, weights, self._storage, dtype)
             if any(view.statistics for view in views):
-                recipe_statistics.refuse_other_models(views, {str(view.ref): view.digest() for view in views})
+                digests = {str(view.ref): view.digest() for view in [*views, base_view]}
+                recipe_statistics.refuse_other_models(views, digests, base_view)
         finally:
             for view in [*views, base_view]:
                 view.checkpoint.close()
@@ -147,6 +149,7 @@ class LiveMerge:
             CuveeError: as `set`.
         """
         recipe.check(self._method)
+        self._prepare(recipe)
         steps = [self._with_parameters(step, recipe) for step in self._plan.steps]
         self._rewriting.rewrite(replace(self._plan, steps=tuple(steps)))
 
@@ -189,6 +192,16 @@ class LiveMerge:
         recipe.check(self._method)
         return recipe.to_yaml()
 
+    def _attach(self, trial: Recipe, base: View, seed: int) -> None:
+        """Gives the models the statistics that a recipe names."""
+        recipe_statistics.attach(
+            trial, self._method, self._views, Path(), base=base, relative_to=None, seed=seed, device="cpu"
+        )
+
+    def _prepare(self, recipe: Recipe) -> None:
+        """What must be so before the weights change."""
+        recipe_statistics.refuse_other_scales(recipe, self._method, self._views)
+
     def _with_parameters(self, step: Step, recipe: Recipe) -> Step:
         if step.action == "copy" or not self._complete(step):
             return step
@@ -223,6 +236,17 @@ def _reference(ref: Ref) -> ModelRef:
     return replace(found, path=whole(found.path), adapter=whole(found.adapter) if found.adapter else None)
 
 
+def weights_of(module: torch.nn.Module, base: ModelRef, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """By the base's stored name a module's own memory of it, in the stored shape.
+
+    Raises:
+        CuveeError: a parameter is none of the base's tensors, or in a dtype that is not stored.
+    """
+    own = _own(module)
+    places = _places(own, dict(module.named_parameters()), base, checkpoint)
+    return {name: piece.of(own[parameter]) for name, (parameter, piece) in places.items()}
+
+
 def _own(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """By name the module's own memory of what a checkpoint holds: parameters, tied ones once, and buffers.
 
@@ -253,7 +277,7 @@ def _places(
     found = {stored_name: (name, Piece(stored_name)) for name, stored_name in matches.names.items()}
     found |= {piece.name: (name, piece) for name, pieces in matches.pieces.items() for piece in pieces}
     known = matches.names.keys() | matches.pieces.keys()
-    missing = [n for n in parameters if n not in known and not any(part in n for part in _UNUSED)]
+    missing = [n for n in parameters if n not in known and not any(part in n for part in UNUSED)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CuveeError(

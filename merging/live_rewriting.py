@@ -6,6 +6,7 @@ weights themselves; adapters add one product of all their factors. Any other met
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 from collections.abc import Mapping
@@ -91,6 +92,16 @@ class Rewriting(Execution):
         self._wait()
         self.plan = replace(self.plan, steps=tuple(kept[s.name] for s in self.plan.steps if s.name in kept))
         return self.plan
+
+    def onto(self, weights: Mapping[str, Any]) -> Rewriting:
+        """The same with another module's weights, which hold the same tensors; what is held is shared.
+
+        Args:
+            weights: by the plan's name.
+        """
+        other = copy.copy(self)
+        other.targets = {name: Target(weight, self._storing) for name, weight in weights.items() if name in self.held}
+        return other
 
     def rewrite(self, plan: Plan) -> None:
         """Gives the weights the values of a plan: that of `hold`, with other parameters.
