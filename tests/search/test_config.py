@@ -152,4 +152,6 @@ def test_the_pages_configuration_is_one(folder: Path) -> None:
     for text in configurations:
         for name in re.findall(r"[\w-]+\.(?:jsonl|txt)\b", text):
             (folder / name).touch()
+        for name in re.findall(r"[\w-]+-prior\b", text):
+            (folder / name).mkdir()
         assert parse(folder, text).models

@@ -23,9 +23,11 @@ PAGE = ROOT / "docs" / "stats.md"
 def work(tmp_path: Path) -> Path:
     """A folder with what the page's commands name."""
     model("bert", tmp_path / "zoo").rename(tmp_path / "model")
+    (tmp_path / "zoo" / "base").rename(tmp_path / "base")
     texts = sentences(24)
     rows = [{"query": a, "positive": b} for a, b in zip(texts[::2], texts[1::2], strict=True)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps({"grade": i % 6 + 1}) + "\n" for i in range(20)))
     return tmp_path
 
 
