@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from merging import engine
 from search.config import SearchConfig
 from search.objective import Candidate, Scores
-from search.recipes import MODEL, recipe_of, tensor_names, with_statistics
+from search.recipes import MODEL, recipe_of, retaken, tensor_names, with_statistics
 
 if TYPE_CHECKING:
     import torch
@@ -74,19 +74,16 @@ class Candidates:
 
     def _held(self, module: torch.nn.Module) -> LiveMerge:
         from merging.live import LiveMerge
+        from merging.live_df import LiveDF
 
         config = self._config
-        folders = [source.stats.path for source in config.models if source.stats and source.stats.path]
-        return LiveMerge(
-            module,
-            config.base_model or config.models[0].model,
-            [source.model for source in config.models],
-            method=config.method.name,
-            device=self._device,
-            stats=folders or None,
-            seed=config.seed,
-            threads=self._threads,
-        )
+        base, models = config.base_model or config.models[0].model, [source.model for source in config.models]
+        options: dict[str, Any] = {"device": self._device, "seed": config.seed, "threads": self._threads}
+        stats = [source.stats for source in config.models if source.stats is not None]
+        if retaken(config) and all(each.path is None for each in stats):
+            return LiveDF(module, base, models, stats=[each.options for each in stats], note=self._note, **options)
+        folders = [each.path for each in stats if each.path is not None]
+        return LiveMerge(module, base, models, method=config.method.name, stats=folders or None, **options)
 
     def _say(self, lines: list[str]) -> None:
         for line in lines:

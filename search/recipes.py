@@ -83,6 +83,8 @@ def with_statistics(
 ) -> SearchConfig:
     """The configuration with folders of statistics where it names data; what is missing is computed, once for all trials.
 
+    Where they depend on the coefficients the data stay: every trial makes its own.
+
     Args:
         out: where the best model will go: its merge finds them too.
 
@@ -91,12 +93,14 @@ def with_statistics(
     """
     if all(source.stats is None or source.stats.path is not None for source in config.models):
         return config
+    if retaken(config):
+        return config
     condition = config.method.statistics_if
     if condition is not None:
         vary = config.vary.get(condition[0])
         if vary is None or condition[1] not in (vary.value, *vary.choices):
             return config  # no trial reads them
-    recipe = recipe_of(config, dict([condition] if condition else []), where=config.where)
+    recipe = recipe_of(config, {**_fixed(config), **dict([condition] if condition else [])}, where=config.where)
     views = [View.open(source.model, None) for source in config.models]
     try:
         recipe_statistics.attach(
@@ -110,6 +114,20 @@ def with_statistics(
         for source, view in zip(config.models, views, strict=True)
     ]
     return replace(config, models=tuple(models))
+
+
+def retaken(config: SearchConfig) -> bool:
+    """Whether the method takes statistics of models that the coefficients scale, so that each trial has its own."""
+    at = config.method.statistics_at
+    if at is None:
+        return False
+    vary = config.vary.get(at[1])
+    said = (config.method.parameters[at[1]].default,) if vary is None else (vary.value, *vary.choices)
+    return at[2] in said
+
+
+def _fixed(config: SearchConfig) -> dict[str, Any]:
+    return {name: vary.value for name, vary in config.vary.items() if vary.value is not None}
 
 
 def check(config: SearchConfig, space: Space, out: Path, note: Callable[[str], None]) -> None:
