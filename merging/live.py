@@ -45,8 +45,8 @@ class LiveMerge:
         module: loaded from `base`, and holding its weights; which parameter is which stored tensor is told by their values.
             Parameters that share memory stay shared.
         base: what the module was loaded from; the base of methods that have one.
-        models: those to merge, the base not among them; folders, hub ids, or either with a LoRA adapter. One on the same
-            base, with an adapter, is held as the adapter's factors.
+        models: those to merge; folders, hub ids, or either with a LoRA adapter. One on the same base, with an adapter, is
+            held as the adapter's factors. The base is not among them, unless the method can do without: then it is none.
         method: of the registry.
         parameters: of the method, that stay the same; as `set` takes them.
         groups: from a stored tensor's name to its group (`merging.layers.group`, say); None: all in one.
@@ -92,7 +92,10 @@ class LiveMerge:
             raise MergeError(f"statistics of {len(stats)} models are given for {len(sources)}")
         folders = None if stats is None else [s if isinstance(s, Mapping) else os.path.abspath(s) for s in stats]
         self.models = len(sources)
-        self._coefficients = Coefficients(self._method, self._base, sources, folders, parameters or {})
+        one_of_them = self._method.base == "optional" and any(s.identity == self._base.identity for s in sources)
+        self._has_base = self._method.base != "none" and not one_of_them
+        its_base = None if one_of_them else self._base
+        self._coefficients = Coefficients(self._method, its_base, sources, folders, parameters or {})
         trial = self._coefficients.trial()
         trial.check(self._method)
         if len(trial.merged(self._method)) != self.models:
@@ -101,9 +104,8 @@ class LiveMerge:
         base_view = View.open(self._base)
         try:
             self._attach(trial, base_view, seed)
-            has_base = self._method.base != "none"
-            plan = make_plan(trial, self._method, views, base_view if has_base else None)
-            if not has_base:
+            plan = make_plan(trial, self._method, views, base_view if self._has_base else None)
+            if not self._has_base:
                 base_view.align(views[0].names())
             merged = [step.name for step in plan.steps if self._complete(step)]
             self.groups = self._coefficients.divide(merged, groups)
@@ -172,7 +174,7 @@ class LiveMerge:
         Raises:
             MergeError: a method without a base, and so without task vectors.
         """
-        if self._method.base == "none":
+        if not self._has_base:
             raise MergeError(f"'{self._method.name}' has no task vectors to look along", mend="use task_arithmetic")
         merged = [step.name for step in self._plan.steps if step.action == "merge" and self._complete(step)]
         found = {}
@@ -211,7 +213,7 @@ class LiveMerge:
 
     def _complete(self, step: Step) -> bool:
         """Whether the method makes it: every model has that tensor."""
-        return len(step.models) == self.models and (self._method.base == "none" or step.base is not None)
+        return len(step.models) == self.models and (not self._has_base or step.base is not None)
 
 
 def _refuse_choices(dtype: str, storage: str, device: str) -> None:

@@ -26,7 +26,7 @@ class Coefficients:
     def __init__(
         self,
         method: Method,
-        base: ModelRef,
+        base: ModelRef | None,
         models: Sequence[ModelRef],
         stats: Sequence[str | Mapping[str, Any]] | None,
         fixed: Mapping[str, Any],

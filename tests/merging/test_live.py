@@ -173,6 +173,23 @@ def test_every_method_gives_the_bits_of_its_merge(name: str, zoo: Callable[[str]
         assert_same(module, loaded(family, merged(live, parameters, tmp_path / "out")))
 
 
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.base == "optional"])
+def test_a_module_that_one_of_the_models_was_loaded_into(
+    name: str, zoo: Callable[[str], Family], tmp_path: Path
+) -> None:
+    """Where the method can do without a base there is none then."""
+    family = zoo("bert")
+    models = family.specialists[: count_of(METHODS[name])]
+    module = loaded(family, models[0])
+    live = LiveMerge(module, models[0], models, method=name, seed=SEED)
+    parameters = parameters_of(METHODS[name])
+    live.set(parameters)
+    assert "base_model" not in live.recipe(parameters)
+    assert_same(module, loaded(family, merged(live, parameters, tmp_path / "out")))
+    with pytest.raises(CuveeError, match="has no task vectors"):
+        live.gradient({})
+
+
 @pytest.mark.parametrize("name", ["bert-mlm", "gpt2", "qwen3", "mixtral", "t5"])
 def test_every_kind_of_model_gives_the_bits_of_its_merge(
     name: str, zoo: Callable[[str], Family], tmp_path: Path
