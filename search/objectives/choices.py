@@ -11,24 +11,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from merging.errors import CuveeError
-from merging.statistics.calibration import draw
 from merging.statistics.job import micro_batches
 from merging.statistics.network import Network
 from merging.statistics.tokens import Tokens
-from search.objectives.inputs import Input, label_of, labelled, places, unlabelled
-from search.objectives.tasks import CORAL, CORN, Opening, Task
+from search.objectives.inputs import Input
+from search.objectives.tasks import CORAL, CORN
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _TOKENS = 4096  # of a micro-batch at most
-_ALL = 1 << 62
 _LEAST = -100.0  # logarithm of what counts as impossible
 
 
@@ -166,65 +163,6 @@ class Candidates(Choices):
         cosines = (directions[: len(items), None] * documents).sum(2)
         scores = (cosines / self._temperature).masked_fill(~real, -torch.inf)
         return scores.log_softmax(1).clamp(min=_LEAST)
-
-
-def choices_of(task: Task, network: Network, opening: Opening, *, with_answers: bool) -> Choices:
-    """Reads a task's inputs, and makes of them what this model may choose.
-
-    Args:
-        with_answers: labels are read too. Without, no label is looked at.
-
-    Raises:
-        CuveeError: data that cannot be read; a model that has no choices, or others.
-    """
-    head = opening.head if opening.head in (CORAL, CORN) else network.head
-    ranking = head == "embedding" and task.prototypes is None
-    if head == "lm" and not task.scores:
-        mend = "write 'scores: [1, 2, 3]' and 'template'"
-        raise CuveeError("a language model needs the scores that it may answer", where=task.where, mend=mend)
-    if head == "regression":
-        mend = "an ordinal head is said by 'head: coral' or 'head: corn'"
-        raise CuveeError("the model gives a number, not a choice", where=task.where, mend=mend)
-    answers: Sequence[str] = ()
-    if with_answers:
-        inputs, answers = labelled(task, ranking=ranking)
-    else:
-        inputs = unlabelled(task, ranking=ranking)
-    found = _choices(task, network, head, inputs)
-    if with_answers:
-        file = str(task.files[0])
-        found.answers = (0,) * len(inputs) if ranking else tuple(places(answers, found.names, file))
-    return found
-
-
-def _choices(task: Task, network: Network, head: str, inputs: Sequence[Input]) -> Choices:
-    if head == "lm":
-        from search.objectives.score_tokens import ScoreTokens
-
-        return ScoreTokens(network, inputs, task.scores, task.template, task.where)
-    if head != "embedding":
-        return Classes(network, inputs, head, task.scores, task.where)
-    if task.prototypes is None:
-        return Candidates(network, inputs, task.temperature)
-    return Prototypes(network, inputs, prototypes_of(task), task.temperature)
-
-
-def prototypes_of(task: Task) -> Mapping[str, tuple[str, ...]]:
-    """Texts by the name of a choice: as the YAML says them, or from a file: a text each line, or a table with labels.
-
-    Raises:
-        CuveeError: fewer than two.
-    """
-    if not isinstance(task.prototypes, Path):
-        assert task.prototypes is not None
-        return task.prototypes
-    found: dict[str, tuple[str, ...]] = {}
-    for each in draw([task.prototypes], _ALL).examples:
-        name = each.query if each.label is None else label_of(each)
-        found[name] = (*found.get(name, ()), each.query)
-    if len(found) < 2:
-        raise CuveeError("holds fewer than two prototypes", where=str(task.prototypes))
-    return found
 
 
 def ordinal(outputs: Tensor, head: str) -> Tensor:

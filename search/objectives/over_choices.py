@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merging.errors import CuveeError
 from merging.sources import ModelRef
+from merging.statistics.calibration import draw
+from merging.statistics.network import Network, open_network
 from search.objective import Candidate, Scores
-from search.objectives.choices import Choices, choices_of
+from search.objectives.choices import Candidates, Choices, Classes, Prototypes
+from search.objectives.inputs import Input, label_of, labelled, places, unlabelled
+from search.objectives.score_tokens import DEFAULT_LENGTH, ScoreTokens
 from search.objectives.tasks import CORAL, CORN, Opening, Task
 
 if TYPE_CHECKING:
@@ -16,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VALID = "valid"
+_ALL = 1 << 62
 
 
 class OverChoices(ABC):
@@ -39,9 +46,6 @@ class OverChoices(ABC):
         Raises:
             CuveeError: a model or data that cannot be read.
         """
-        from merging.statistics.network import open_network
-        from search.objectives.score_tokens import DEFAULT_LENGTH
-
         opening, head = self.opening, self.opening.head
         if head in (CORAL, CORN):
             head = "classification"
@@ -100,3 +104,60 @@ class Smooth(OverChoices):
     def smooth(self, task: str, items: Sequence[int]) -> Tensor:
         """A task's value on some of its inputs, 0-dimensional, with its graph."""
         return self.value(task, self.tasks[task].log_p(items), items)
+
+
+def choices_of(task: Task, network: Network, opening: Opening, *, with_answers: bool) -> Choices:
+    """Reads a task's inputs, and makes of them what this model may choose.
+
+    Args:
+        with_answers: labels are read too. Without, no label is looked at.
+
+    Raises:
+        CuveeError: data that cannot be read; a model that has no choices, or others.
+    """
+    head = opening.head if opening.head in (CORAL, CORN) else network.head
+    ranking = head == "embedding" and task.prototypes is None
+    if head == "lm" and not task.scores:
+        mend = "write 'scores: [1, 2, 3]' and 'template'"
+        raise CuveeError("a language model needs the scores that it may answer", where=task.where, mend=mend)
+    if head == "regression":
+        mend = "an ordinal head is said by 'head: coral' or 'head: corn'"
+        raise CuveeError("the model gives a number, not a choice", where=task.where, mend=mend)
+    answers: Sequence[str] = ()
+    if with_answers:
+        inputs, answers = labelled(task, ranking=ranking)
+    else:
+        inputs = unlabelled(task, ranking=ranking)
+    found = _choices(task, network, head, inputs)
+    if with_answers:
+        file = str(task.files[0])
+        found.answers = (0,) * len(inputs) if ranking else tuple(places(answers, found.names, file))
+    return found
+
+
+def _choices(task: Task, network: Network, head: str, inputs: Sequence[Input]) -> Choices:
+    if head == "lm":
+        return ScoreTokens(network, inputs, task.scores, task.template, task.where)
+    if head != "embedding":
+        return Classes(network, inputs, head, task.scores, task.where)
+    if task.prototypes is None:
+        return Candidates(network, inputs, task.temperature)
+    return Prototypes(network, inputs, prototypes_of(task), task.temperature)
+
+
+def prototypes_of(task: Task) -> Mapping[str, tuple[str, ...]]:
+    """Texts by the name of a choice: as the YAML says them, or from a file: a text each line, or a table with labels.
+
+    Raises:
+        CuveeError: fewer than two.
+    """
+    if not isinstance(task.prototypes, Path):
+        assert task.prototypes is not None
+        return task.prototypes
+    found: dict[str, tuple[str, ...]] = {}
+    for each in draw([task.prototypes], _ALL).examples:
+        name = each.query if each.label is None else label_of(each)
+        found[name] = (*found.get(name, ()), each.query)
+    if len(found) < 2:
+        raise CuveeError("holds fewer than two prototypes", where=str(task.prototypes))
+    return found

@@ -13,7 +13,7 @@ from merging.errors import CuveeError
 from merging.node import Node
 from merging.sources import ModelRef
 from merging.statistics.job import micro_batches
-from merging.statistics.network import Network
+from merging.statistics.network import Network, open_network
 from merging.statistics.tokens import Tokens
 from search.objective import Candidate, Scores, objective
 from search.objectives.inputs import unlabelled
@@ -42,8 +42,6 @@ class Perplexity:
         Raises:
             CuveeError: a model or data that cannot be read; a task whose texts are a token each.
         """
-        from merging.statistics.network import open_network
-
         opening = self._opening
         network = open_network(model, head="lm", device=device, dtype=opening.dtype, max_length=opening.max_length)
         for task in self._tasks:

@@ -19,9 +19,9 @@ from merging.statistics.calibration import only
 from merging.statistics.network import Network, open_network
 from search import objective
 from search.objective import Candidate
-from search.objectives.choices import Choices, choices_of, ordinal
+from search.objectives.choices import Choices, ordinal
 from search.objectives.inputs import Input, readable, unlabelled
-from search.objectives.over_choices import OverChoices
+from search.objectives.over_choices import OverChoices, choices_of
 from search.objectives.tasks import Task, tasks_of
 from tests.merging.statistics.models import classifier, model, sentences
 
