@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 STATE = "adamerging.json"
 START, TRIALS = 0.3, 21
 _METHOD, _WEIGHT = "task_arithmetic", "weight"
-_SAVE_EVERY = 30.0  # seconds
+#: Seconds after which the state is saved between trials.
+SAVE_EVERY = 30.0
 
 
 @runtime_checkable
@@ -64,20 +65,21 @@ def begin(config: SearchConfig, space: Space) -> list[dict[str, Any]]:
     Raises:
         CuveeError: what is to be searched cannot be by gradients.
     """
-    mend = "choose another engine"
+    other_engine = "choose another engine"
     if config.method.name != _METHOD:
-        where = config.at("method")
-        raise CuveeError(
-            f"AdaMerging is a search of '{_METHOD}', not of '{config.method.name}'", where=where, mend=mend
-        )
+        what = f"AdaMerging is a search of '{_METHOD}', not of '{config.method.name}'"
+        raise CuveeError(what, where=config.at("method"), mend=other_engine)
     other = next((d.parameter for d in space.dimensions if d.parameter != _WEIGHT or d.choices), None)
     if other is not None:
-        raise CuveeError(f"'{other}' has no gradient", where=config.at("vary"), mend=f"fix it, or {mend}")
+        raise CuveeError(f"'{other}' has no gradient", where=config.at("vary"), mend=f"fix it, or {other_engine}")
     if space.fixed.get("normalize"):
         raise CuveeError("AdaMerging's weights are not divided by their sum", where=config.at("vary"))
     if config.goal.aggregate == "worst":
         what = "the worst of the tasks has no gradient for the others"
         raise CuveeError(what, where=config.at("objective"), mend="aggregate: mean")
+    if not isinstance(config.make_objective(), Smooth):
+        what = f"the objective '{config.objective}' has no gradient"
+        raise CuveeError(what, where=config.at("objective"), mend=f"choose entropy, pim or loss, or {other_engine}")
     if "start" in config.lines:
         return design(space, config.start, config.seed)[:1]
     return [{d.name: d.clipped(START) for d in space.dimensions}]
@@ -94,7 +96,7 @@ def work(
     """Descends until the study ends; see `search.study.work`.
 
     Raises:
-        CuveeError: an objective without a gradient.
+        CuveeError: a weight of a task that the objective does not have, a gradient that is not finite.
     """
     space, every = study.settings.space, int(config.tuning["every"])
     slopes = Slopes(config, candidates, space)
@@ -120,7 +122,7 @@ def work(
             what = f"the gradient of the objective is not finite at step {descent.steps}"
             raise CuveeError(what, where=config.at("objective"))
         descent = descent.step(gradient, config.tuning["rate"], low, high)
-        if time.perf_counter() - saved > _SAVE_EVERY:
+        if time.perf_counter() - saved >= SAVE_EVERY:
             descent.save(file)
             saved = time.perf_counter()
 
@@ -130,16 +132,12 @@ class Slopes:
 
     Args:
         space: whose dimensions are weights of `task_arithmetic`.
-
-    Raises:
-        CuveeError: the objective has no gradient.
+        candidates: whose objective has a gradient.
     """
 
     def __init__(self, config: SearchConfig, candidates: Candidates, space: Space) -> None:
         objective, live, module = candidates.objective, candidates.live, candidates.module
-        if live is None or module is None or not isinstance(objective, Smooth):
-            what = f"the objective '{config.objective}' has no gradient"
-            raise CuveeError(what, where=config.at("objective"), mend="choose entropy, pim or loss, or another engine")
+        assert live is not None and module is not None and isinstance(objective, Smooth), "see `begin`"
         self._objective: Smooth = objective
         self._live: LiveMerge = live
         self._candidates, self._space, self._config = candidates, space, config

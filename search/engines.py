@@ -23,7 +23,7 @@ from merging import registries
 from merging.errors import CuveeError
 from search.cocktail import TEMPERATURE, alone, loss_of, mixed
 from search.design import COCKTAIL, sobol
-from search.space import Space
+from search.space import MANY, Space
 
 STARTUP = 8
 Make: TypeAlias = Callable[[Space, int], BaseSampler]
@@ -48,6 +48,7 @@ class Engine:
         objectives: how many it takes at most.
         categorical: whether it takes dimensions that are no numbers; else those are drawn apart.
         startup: observations that it wants before it proposes by a model; until then points are Sobol's.
+        dimensions: how many it takes at most.
         settings: that it takes, by name.
         per: how weights vary where nothing is said, see `search.space.PER`; "": as the method says.
         proposes: False: it goes its own way from point to point (`search.run` knows which).
@@ -59,6 +60,7 @@ class Engine:
     objectives: int = 3
     categorical: bool = True
     startup: int = STARTUP
+    dimensions: int = MANY
     settings: Mapping[str, Knob] = field(default_factory=dict)
     per: str = ""
     proposes: bool = True
@@ -261,6 +263,7 @@ ENGINES["adamerging"] = Engine(
     "gradient descent on the coefficients of task_arithmetic (AdaMerging); objectives: entropy, pim, loss",
     None,
     objectives=1,
+    dimensions=20_000,
     settings={
         "every": Knob(25, low=1, whole=True),
         "rate": Knob(1e-3, above=0),

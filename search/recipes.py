@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from merging.live_recipe import filters_of
 from merging.recipe import Recipe
 from merging.sources import StatsRef
 from merging.views import View
+from search import engines
 from search.config import SearchConfig
 from search.space import GROUPINGS, Space, make_space
 
@@ -26,7 +28,8 @@ def space_of(config: SearchConfig) -> Space:
     Raises:
         CuveeError: the space is impossible, or a model cannot be opened.
     """
-    return make_space(config.method, len(config.models), config.vary, tensor_names(config))
+    most = engines.get(config.engine).dimensions
+    return make_space(config.method, len(config.models), config.vary, tensor_names(config), most)
 
 
 def tensor_names(config: SearchConfig) -> list[str]:
@@ -74,8 +77,12 @@ def recipe_of(
 
 def _conditions(by_group: Mapping[str, Any], per: str, names: Sequence[str]) -> list[dict[str, Any]]:
     """Filters that give each tensor its group's value."""
-    filters = filters_of({name: GROUPINGS[per](name) for name in names})
-    return [{"filter": part, "value": by_group[group]} for part, group in filters]
+    return [{"filter": part, "value": by_group[group]} for part, group in _filters(per, tuple(names))]
+
+
+@functools.lru_cache(maxsize=4)
+def _filters(per: str, names: tuple[str, ...]) -> list[tuple[str, str]]:
+    return filters_of({name: GROUPINGS[per](name) for name in names})
 
 
 def with_statistics(

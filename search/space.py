@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 #: A point: the value of each dimension by name.
 Point: TypeAlias = Mapping[str, Any]
 #: What `per` may be: one value for all, for each model, or for each model and group of tensors.
-PER = ("all", "model", "layers", "module")
+PER = ("all", "model", "layers", "module", "tensor")
 #: Functions from a tensor's name to its group.
-GROUPINGS: Mapping[str, Callable[[str], str]] = {"layers": layers.group, "module": module_kind}
-
-_MANY = 100  # dimensions
+GROUPINGS: Mapping[str, Callable[[str], str]] = {"layers": layers.group, "module": module_kind, "tensor": str}
+#: Dimensions that a search by proposals can do anything with.
+MANY = 100
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,9 @@ class Space:
         }
 
 
-def make_space(method: Method, models: int, vary: Mapping[str, Vary], names: Sequence[str] = ()) -> Space:
+def make_space(
+    method: Method, models: int, vary: Mapping[str, Vary], names: Sequence[str] = (), most: int = MANY
+) -> Space:
     """The space of a method.
 
     Args:
@@ -184,7 +186,8 @@ def make_space(method: Method, models: int, vary: Mapping[str, Vary], names: Seq
         vary: what the user says; for parameters that are not in it the registry decides: those without a default vary
             per model in their bounds, else in [0, 1], and those that it marks as worth a search in the marked bounds; where there
             is neither, every number with bounds.
-        names: tensors of the base, for parameters that differ by layer or module.
+        names: tensors of the base, for parameters that differ by layer, module or tensor.
+        most: dimensions that there may be.
 
     Raises:
         CuveeError: no such parameter, bounds that are none or beyond the method's, choices that it does not have, nothing
@@ -203,10 +206,10 @@ def make_space(method: Method, models: int, vary: Mapping[str, Vary], names: Seq
             f"nothing varies in '{method.name}'",
             mend=f"give bounds to one of {quoted(method.parameters) or 'no parameter'}",
         )
-    if len(dimensions) > _MANY:
+    if len(dimensions) > most:
         where = next((v.where for v in said.values() if v.per in GROUPINGS), "")
         raise CuveeError(
-            f"{len(dimensions)} coefficients are more than a search can find ({_MANY} at most)",
+            f"{len(dimensions)} coefficients are more than a search can find ({most} at most)",
             where=where,
             mend="let fewer of them vary, or vary them per model",
         )

@@ -13,6 +13,7 @@ import pytest
 from merging import layers
 from merging.errors import CuveeError
 from merging.sources import ModelRef
+from search import adamerging
 from search import config as search_config
 from search import objective as objectives
 from search.adamerging import Slopes, batch, shares
@@ -146,6 +147,23 @@ def test_weighted_tasks(family: Family, register: Callable[[Any], None], tmp_pat
     assert slopes(place, 0) == pytest.approx(differences(config, candidates, place, 0.1), rel=1e-4, abs=1e-6)
 
 
+def test_tensors_of_a_layer_add_up_to_it(family: Family, register: Callable[[Any], None], tmp_path: Path) -> None:
+    """And more coefficients may be descended on than searched for."""
+    register(Near(family))
+    config = parsed(family, more="vary: {weight: {low: 0, high: 1, per: tensor}}\n")
+    space = space_of(config)
+    assert len(space.dimensions) > 100
+    found = slopes_of(config, tmp_path)[0](np.full(len(space.dimensions), 0.3), 0)
+    by_layer: dict[tuple[int | None, str], float] = {}
+    for dimension, slope in zip(space.dimensions, found, strict=True):
+        key = dimension.model, layers.group(str(dimension.group))
+        by_layer[key] = by_layer.get(key, 0.0) + slope
+    config = parsed(family)
+    space = space_of(config)
+    whole = slopes_of(config, tmp_path)[0](np.full(len(space.dimensions), 0.3), 0)
+    assert whole == pytest.approx([by_layer[d.model, str(d.group)] for d in space.dimensions], rel=1e-6)
+
+
 @pytest.mark.parametrize("objective", ["entropy", "pim", "loss"])
 def test_the_gradient_of_every_smooth_objective(objective: str, minilm_family: MiniLMFamily, tmp_path: Path) -> None:
     """Through the real MiniLM, on all inputs; in float32, so but for its rounding."""
@@ -217,11 +235,18 @@ def whole(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("call", [1, 55, 85, 87])
+@pytest.mark.parametrize(("call", "save_every"), [(1, 30.0), (55, 30.0), (55, 0.0), (85, 30.0), (87, 0.0)])
 def test_a_killed_search_goes_on_to_the_same(
-    call: int, whole: Path, family: Family, register: Callable[[Any], None], tmp_path: Path
+    call: int,
+    save_every: float,
+    whole: Path,
+    family: Family,
+    register: Callable[[Any], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed in the first trial, between trials, within one, and right after."""
+    """Killed in the first trial, between trials, within one, and right after; saved between trials or not."""
+    monkeypatch.setattr(adamerging, "SAVE_EVERY", save_every)
 
     def kill(number: int) -> None:
         if number == call:
@@ -285,8 +310,8 @@ def test_an_objective_without_a_gradient(family: Family, tmp_path: Path) -> None
     (tmp_path / "score.py").write_text("def one(folder):\n    return 1.0\n")
     file = tmp_path / "search.yml"
     file.write_text(written(family, objective="{function: 'score:one'}"))
-    done = run("search", file, tmp_path / "out", cwd=tmp_path)
-    assert done.code == 2 and "'function' has no gradient" in done.err
+    done = run("search", file, tmp_path / "out", "--dry-run", cwd=tmp_path)
+    assert done.code == 2 and "search.yml:6: the objective 'function' has no gradient" in done.err
 
 
 def test_a_gradient_that_is_not_finite(
