@@ -77,16 +77,10 @@ def stats(
         return
     model, out, data, kind = _given(models or [], out, data or [], kind)
     if kind == "score-prior":
-        from merging.statistics.score_prior import collect_score_prior
-
         columns, bounds = _columns(column or []), _bounds(scores)
-        result = collect_score_prior(
-            model, data, out, columns=columns, scores=bounds, seed=seed, force=force, dry_run=dry_run
-        )
-        found = f"Beta({result['alpha']:.4f}, {result['beta']:.4f}) of {result['examples']} scores"
-        say(f"{found} from {result['scores'][0]:g} to {result['scores'][1]:g}: {out}")
-        finish(result, as_json)
+        finish(_score_prior(model, data, out, columns, bounds, seed=seed, force=force, dry_run=dry_run), as_json)
         return
+    _refuse_bounds(scores)
     wait_passively()
     from merging.statistics.collect import collect
 
@@ -120,6 +114,18 @@ def _combine(folders: list[str], out: Path | None, *, force: bool) -> dict[str, 
     seed = open_statistics(out).manifest["seed"]
     promised = {"command": "stats", "out": str(out), "seconds": seconds, "seed": seed, "device": "cpu"}
     return {**promised, "cuvee_version": cuvee_version(), **result}
+
+
+def _score_prior(
+    model: str, data: list[Path], out: Path, columns: dict[str, str], bounds: tuple[float, float] | None, **options: Any
+) -> dict[str, Any]:
+    from merging.cli import say
+    from merging.statistics.score_prior import collect_score_prior
+
+    result = collect_score_prior(model, data, out, columns=columns, scores=bounds, **options)
+    found = f"Beta({result['alpha']:.4f}, {result['beta']:.4f}) of {result['examples']} scores"
+    say(f"{found} from {result['scores'][0]:g} to {result['scores'][1]:g}: {out}")
+    return result
 
 
 def _given(
@@ -157,6 +163,13 @@ def _bounds(given: str | None) -> tuple[float, float] | None:
     if not low < high < float("inf") or low == float("-inf"):
         raise CuveeError(f"'{given}' is no range of scores", where="--scores", mend="write 1:6")
     return low, high
+
+
+def _refuse_bounds(given: str | None) -> None:
+    from merging.errors import CuveeError
+
+    if given is not None:
+        raise CuveeError("belongs to --kind score-prior", where="--scores", mend="leave it out")
 
 
 def _part(given: str) -> tuple[int, int]:

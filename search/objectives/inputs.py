@@ -83,6 +83,8 @@ def labelled(task: Task, *, ranking: bool = False) -> tuple[tuple[Input, ...], t
             if not each.positives:
                 what = f"row {each.row + 1} has no 'positive', so no right candidate"
                 raise CuveeError(what, where=str(task.files[0]), mend="add one, or say 'prototypes'")
+            if each.positives == len(each.candidates):
+                raise _lonely(each, task)
         others = [each.candidates[each.positives :] for each in drawn]
         inputs = tuple(Input((e.query,), (e.candidates[0], *o), e.image) for e, o in zip(drawn, others, strict=True))
         return inputs, ("",) * len(drawn)
@@ -133,6 +135,10 @@ def _draw(task: Task, only: Callable[[str], bool] | None, ranking: bool) -> Sequ
     ).examples
     lonely = next((each for each in drawn if ranking and len(each.candidates) < 2), None)
     if lonely is not None:
-        what = f"row {lonely.row + 1} has fewer than two candidates to choose from"
-        raise CuveeError(what, where=str(files[0]), mend="give more rows, or negatives, or say 'prototypes'")
+        raise _lonely(lonely, task)
     return drawn
+
+
+def _lonely(example: Example, task: Task) -> CuveeError:
+    what = f"row {example.row + 1} has fewer than two candidates to choose from"
+    return CuveeError(what, where=str(task.files[0]), mend="give more rows, or negatives, or say 'prototypes'")

@@ -84,6 +84,8 @@ def test_mistakes_are_one_line(place: Path) -> None:
         done = run(*command, *more, cwd=place)
         assert done.code == 2 and told in done.err.splitlines()[-1], done.err
         assert not (place / "prior").exists()
+    other = run("stats", "model", "--kind", "fisher", "--data", "d.jsonl", "--out", "x", "--scores", "1:6", cwd=place)
+    assert other.code == 2 and "--scores: belongs to --kind score-prior" in other.err
 
 
 def test_scores_by_their_usual_names(tmp_path: Path) -> None:

@@ -325,3 +325,18 @@ def test_a_label_that_is_no_choice_is_told(tmp_path: Path) -> None:
         scored("loss", str(file), folder)
     with pytest.raises(CuveeError, match="row 1 has no label"):
         scored("loss", str(table(tmp_path / "u.jsonl", [{"text": "w1"}])), folder)
+
+
+def test_a_query_needs_a_right_candidate_and_a_wrong_one(tmp_path: Path) -> None:
+    from search.objectives.inputs import labelled
+
+    both = {"query": "q", "positive": ["a", "b"]}
+    file = table(tmp_path / "q.jsonl", [{**both, "negative": ["c", "d"]}])
+    found, _ = labelled(task(file, labelled=True)[0], ranking=True)
+    assert found == (Input(("q",), ("a", "c", "d")),), "another positive is no wrong answer"
+    for row, told in ((both, "fewer than two candidates"), ({"text": "a"}, "fewer than two candidates")):
+        with pytest.raises(CuveeError, match=f"row 1 has {told}"):
+            labelled(task(table(tmp_path / "r.jsonl", [row]), labelled=True)[0], ranking=True)
+    rows = [{"text": text} for text in "abcde"]
+    with pytest.raises(CuveeError, match="row 1 has no 'positive'"):
+        labelled(task(table(tmp_path / "s.jsonl", rows), labelled=True)[0], ranking=True)
