@@ -16,7 +16,8 @@ from merging.live_df import LiveDF
 from tests.architectures import Family, build
 from tests.commands import run
 from tests.conftest import MiniLMFamily
-from tests.merging.statistics.models import sentences, with_tokenizer
+from tests.merging.statistics.models import classifier, sentences, with_tokenizer
+from tests.merging.test_live import adapter
 
 torch = pytest.importorskip("torch")
 
@@ -33,14 +34,16 @@ def weights(module: Any) -> dict[str, Any]:
     return {name: value.detach().clone() for name, value in module.named_parameters()}
 
 
-def assert_merged(live: LiveDF, module: Any, coefficients: Mapping[str, Any], load: Any, out: Path) -> None:
-    """To a few roundings of float32, after `set`."""
+def assert_merged(
+    live: LiveDF, module: Any, coefficients: Mapping[str, Any], load: Any, out: Path, tolerance: float = 4e-7
+) -> None:
+    """After `set`; by default to a few roundings of float32."""
     live.set(coefficients)
     recipe = Recipe.parse(f"{live.recipe(coefficients)}out_dtype: float32\n")
     merging.merge(recipe, out, force=True, seed=SEED)
     written = dict(load(out).named_parameters())
     for name, own in module.named_parameters():
-        torch.testing.assert_close(own, written[name], rtol=0, atol=4e-7, msg=name)
+        torch.testing.assert_close(own, written[name], rtol=0, atol=tolerance, msg=name)
 
 
 # ---- every kind of model ----
@@ -117,6 +120,34 @@ def test_models_may_be_read_in_ways_of_their_own(
     assert_merged(live, module, {"weight": [0.3, 0.8, 0.6]}, load, tmp_path / "out")
 
 
+def test_adapters_on_the_base(zoo: Callable[[str], Family], stats: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Held as their factors; the products are rounded otherwise than where the statistics are taken into folders."""
+    family = zoo("bert")
+    refs = [adapter(family, tmp_path / f"a{i}", i, target_modules=["query", "dense"][: i + 1]) for i in range(2)]
+    module = family.architecture.model_class().from_pretrained(family.base).eval()
+    live = LiveDF(module, family.base, refs, stats=stats[:2], seed=SEED)
+    live.set({"weight": [0.3, 0.8]})
+    merging.merge(Recipe.parse(live.recipe({"weight": [0.3, 0.8]})), tmp_path / "out", seed=SEED)
+    written = dict(family.architecture.model_class().from_pretrained(tmp_path / "out").named_parameters())
+    for name, own in module.named_parameters():
+        torch.testing.assert_close(own, written[name], rtol=0, atol=1e-4, msg=name)
+
+
+def test_classifiers_choose_between_their_classes(tmp_path: Path) -> None:
+    from merging.statistics.network import open_network
+
+    base = classifier(tmp_path / "base", 3)
+    models = [classifier(tmp_path / f"m{i}", 3, seed=i) for i in (1, 2)]
+    stats = [{"data": str(tmp_path / f"{i}.txt"), "examples": 6} for i in range(2)]
+    for i, each in enumerate(stats):
+        Path(str(each["data"])).write_text("\n".join(sentences(8, seed=i)))
+    module = open_network(str(base)).module
+    live = LiveDF(module, base, models, stats=stats, seed=SEED)
+    load: Callable[[Path], Any] = lambda folder: open_network(str(folder)).module  # noqa: E731
+    # Their attention is so sharp that of some weights the gradient is 0 but for rounding.
+    assert_merged(live, module, {"weight": [0.6, 0.3]}, load, tmp_path / "out", tolerance=1e-4)
+
+
 def test_mistakes_are_told_before_a_weight_changes(zoo: Callable[[str], Family], stats: list[dict[str, Any]]) -> None:
     family = zoo("bert")
     module = family.architecture.model_class().from_pretrained(family.base)
@@ -158,7 +189,7 @@ def test_minilm_specialists(minilm_family: MiniLMFamily, tmp_path: Path) -> None
     stats = []
     for i in range(3):
         texts = [f"{text} {word}" for text in TASKS for word in ("here", "there", "now", f"{i} times")]
-        stats.append({"data": str(write_rows(tmp_path / f"{i}.jsonl", texts)), "examples": 6, "candidates": 4})
+        stats.append({"data": str(write_rows(tmp_path / f"{i}.jsonl", texts)), "examples": 3, "candidates": 2})
     module = open_network(str(minilm_family.base)).module
 
     def load(folder: Path) -> Any:
@@ -166,9 +197,6 @@ def test_minilm_specialists(minilm_family: MiniLMFamily, tmp_path: Path) -> None
 
     live = LiveDF(module, minilm_family.base, minilm_family.specialists, stats=stats, seed=SEED)
     assert_merged(live, module, {"weight": [0.35, 0.6, 0.2]}, load, tmp_path / "out")
-    first = weights(module)
-    live.set({"weight": [0.35, 0.6, 0.2], "fisher": "frozen"})
-    assert any(not torch.equal(own, first[name]) for name, own in module.named_parameters())
 
 
 # ---- a search ----

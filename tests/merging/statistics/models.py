@@ -40,13 +40,13 @@ def model(name: str, folder: Path) -> Path:
     return path
 
 
-def classifier(folder: Path, labels: int) -> Path:
+def classifier(folder: Path, labels: int, seed: int = 0) -> Path:
     """A BERT that chooses between so many labels; of one, that gives a number."""
     import transformers
 
     config = transformers.BertConfig(**ARCHITECTURES["bert"].sizes, num_labels=labels)
     with torch.random.fork_rng():
-        torch.manual_seed(labels)
+        torch.manual_seed(labels + 1000 * seed)
         own = transformers.BertForSequenceClassification(config)
         for parameter in own.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
