@@ -12,6 +12,9 @@ import pytest
 import yaml
 
 from merging import engine
+from merging.methods import registry
+from search.choose import Trial, posterior_means
+from search.space import make_space
 from tests.checkpoints import floats, read_model, tiny, write_model
 from tests.commands import run, start
 from tests.conftest import MiniLMFamily
@@ -82,6 +85,17 @@ def test_a_search_finds_what_the_wanted_model_was_made_of(place: Path) -> None:
     assert not (out / ".scratch").exists()
     engine.merge_file(out / "best.yml", place / "again")
     assert read_model(place / "again") == read_model(out / "model"), "best.yml is ready for cuvee merge"
+
+
+def test_the_answer_by_the_posterior_mean_is_a_point_that_was_tried(place: Path) -> None:
+    said = write(place, recommend="posterior", engine="random", trials=6)
+    done = run("search", said, place / "out", "--json", cwd=place)
+    assert done.code == 0, done.err
+    space = make_space(registry.get("task_arithmetic"), 2, {})
+    trials = [Trial(row["number"], row["point"], tuple(row["values"])) for row in rows(place / "out")]
+    means = posterior_means(space, trials)
+    assert done.json["best"]["trial"] == int(np.argmax(means))
+    assert done.json["best"]["score"] == trials[int(np.argmax(means))].values[0], "and its score is the observed one"
 
 
 def test_a_search_that_is_done_is_not_done_again(place: Path) -> None:
