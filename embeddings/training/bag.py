@@ -62,11 +62,14 @@ def train_run(
             **training_lineage(config, run, sets, trained),
             "members": {member.name: _told(member, trained[member.name]) for member in members},
         }
+        found = None
         if config.bags:
-            merge_members(config, members, run, content, progress)
+            found = merge_members(config, members, run, content, options, progress, note)
         else:
             add_lineage(run / MODEL, content)
-        return finish(run, "train", config, options, began, trained, content)
+            if config.search is not None:
+                note("one model has no weights to search: that is for bags, and for this model's updates")
+        return finish(run, "train", config, options, began, trained, content, {"weights": found} if found else None)
 
 
 def plan(

@@ -159,5 +159,9 @@ def _tell(result: dict[str, Any], as_json: bool) -> None:
         return
     rate = f"{result['pairs_per_second']:g} rows a second"
     say(f"{result['model']}: {result['steps']} steps, {result['cost']:,} rows, {rate}, loss {result['loss']:.4f}")
+    if found := result.get("weights"):
+        score = found["best"]["score"]
+        shown = f"{score:.4f}" if isinstance(score, float) else ", ".join(f"{each:.4f}" for each in score)
+        say(f"weights by search: best {shown} of {found['trials']} trials")
     if full := result.get("cost_full_retraining"):
         say(f"an update for {result['cost'] / full:.0%} of a full retraining ({full:,} rows)")

@@ -12,6 +12,7 @@
     max_length: {query: 64, document: 256}   # tokens; or one number for both
     bags: [40, 60, 80, 100]            # % of each data set, a member each; "complement": what the one before left out
     merge: multislerp
+    weights: size                      # or equal, or search: on the tasks of `evaluate`
     evaluate: {suite: shipped, every: 200, split: validation}
 
 Relative paths are looked for near the configuration, then in the working directory.
@@ -20,7 +21,7 @@ Relative paths are looked for near the configuration, then in the working direct
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from embeddings.training.data_settings import (
     loss_settings,
 )
 from embeddings.training.mining_settings import MiningSettings
+from embeddings.training.search_settings import SIZE, SearchSettings, weights
 from merging import node
 from merging.errors import CuveeError
 from merging.fields import (
@@ -67,6 +69,7 @@ __all__ = [
     "MergeSettings",
     "MiningSettings",
     "ModelSettings",
+    "SearchSettings",
     "TrainingConfig",
     "data_settings",
     "load",
@@ -159,7 +162,8 @@ class TrainingConfig:
         gradient_clip: the norm's bound; 0 for none.
         gradient_cache: tokens a chunk; 0: the whole batch at once.
         bags: a member each: % of each data set in (0, 100], or "complement"; (): one model on everything.
-        merge_weights: "size" or "equal".
+        merge_weights: "size", "equal" or "search".
+        search: of the weights; None where they are not searched.
         core: % of the data that is kept for later updates, in [0, 100].
         save_every: steps between checkpoints; 0 for none.
         where: the file's name; `at` has the lines.
@@ -182,7 +186,8 @@ class TrainingConfig:
     seed: int = 0
     bags: tuple[float | str, ...] = ()
     merge: MergeSettings = field(default_factory=MergeSettings)
-    merge_weights: str = "size"
+    merge_weights: str = SIZE
+    search: SearchSettings | None = None
     core: float = 40.0
     evaluate: EvaluationSettings | None = None
     save_every: int = 200
@@ -200,6 +205,10 @@ class TrainingConfig:
         What came after the first runs were written is absent where nothing is said, so that they are still the same runs.
         """
         found = _without_places(asdict(self))
+        if found["search"] is None:
+            del found["search"]
+        else:
+            del found["search"]["lines"]
         for data in found["data"]:
             del data["column_lines"]
             if data["scale"] is None:
@@ -227,12 +236,14 @@ def parse(yaml: str, where: str = "configuration") -> TrainingConfig:
         root = node.read(yaml, where)
         if not isinstance(root.value, dict):
             raise CuveeError("is no mapping", where=root.where, mend="write at least 'model:' and 'data:'")
-        known = [each.name for each in fields(TrainingConfig) if each.name not in ("where", "text", "lines")]
-        refuse_unknown_keys(root, known, "a configuration")
+        known = [each.name for each in fields(TrainingConfig) if each.name not in ("search", "where", "text", "lines")]
+        refuse_unknown_keys(root, ["weights", *known], "a configuration")
         near = Path(where).parent
+        model, data, evaluate = _model(root, near), _data(root, near), _evaluation(root, near)
+        merge_weights, search = weights(root, near, lambda: _validation(evaluate, data))
         config = TrainingConfig(
-            model=_model(root, near),
-            data=_data(root, near),
+            model=model,
+            data=data,
             schedule=text(root, "schedule", TrainingConfig.schedule),
             loss=loss_settings(given(root, "loss")) or LossSettings(),
             batch_size=number(root, "batch_size", TrainingConfig.batch_size, low=1, whole=True),
@@ -246,9 +257,10 @@ def parse(yaml: str, where: str = "configuration") -> TrainingConfig:
             seed=number(root, "seed", TrainingConfig.seed, low=0, high=2**32 - 1, whole=True),
             bags=_bags(root),
             merge=_merge(root),
-            merge_weights=choice(root, "merge_weights", ("size", "equal"), TrainingConfig.merge_weights),
+            merge_weights=merge_weights,
+            search=search,
             core=number(root, "core", TrainingConfig.core, low=0, high=100),
-            evaluate=_evaluation(root, near),
+            evaluate=evaluate,
             save_every=number(root, "save_every", TrainingConfig.save_every, low=0, whole=True),
             where=where,
             text=yaml,
@@ -396,6 +408,19 @@ def _evaluation(root: Node, near: Path) -> EvaluationSettings | None:
     chosen = suite_tasks(evaluate, folder, split)
     every = number(evaluate, "every", EvaluationSettings.every, low=1, whole=True)
     return EvaluationSettings(folder, chosen, every, split)
+
+
+def _validation(evaluate: EvaluationSettings | None, data: Sequence[DataSettings]) -> dict[str, Any] | None:
+    """The tasks to score on where nothing else is said: those of `evaluate`, else those trained on that can be."""
+    if evaluate is not None:
+        return {"suite": evaluate.suite or "shipped", "tasks": list(evaluate.tasks), "split": evaluate.split}
+    folders = {each.suite for each in data if each.task is not None}
+    if len(folders) != 1:
+        return None
+    (folder,) = folders
+    able = {task.name for task in suite.load(folder) if EvaluationSettings.split in task.splits}
+    tasks = [each.task for each in data if each.task in able]
+    return {"suite": folder or "shipped", "tasks": tasks, "split": EvaluationSettings.split} if tasks else None
 
 
 def _without_places(value: Any) -> Any:

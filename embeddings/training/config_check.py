@@ -19,6 +19,7 @@ def refuse_unknown_names(config: TrainingConfig) -> None:
     """Raises CuveeError, at its line, for the first name that is in no registry, or that does not fit its data."""
     schedule.get(config.schedule, config.at("schedule"))
     _check_merge(config.merge)
+    _check_search(config)
     _check_loss(config.loss, {})
     for data in config.data:
         check_data_loss(data, config.loss.parameters)
@@ -43,6 +44,25 @@ def _check_loss(own: LossSettings, defaults: Mapping[str, Any]) -> None:
         losses.combined("infonce", {}, own.parameters, own.where)
     else:
         losses.check(own.name, losses.combined(own.name, own.parameters, defaults, own.where), own.where)
+
+
+def _check_search(config: TrainingConfig) -> None:
+    """A search of weights, on models that there will be."""
+    if config.search is None:
+        return
+    entry = methods.known().get(config.merge.method)
+    if entry is None:
+        mend = f"choose {quoted(name for name in ('multislerp', 'linear', 'task_arithmetic'))}, say"
+        what = f"the weights of mergekit's '{config.merge.method}' cannot be searched"
+        raise CuveeError(what, where=config.search.where, mend=mend)
+    weight = entry.parameters.get("weight")
+    if (weight is None or not weight.per_model) and "vary" not in config.search.said:
+        mend = "choose another merge, or say under 'vary' what is searched"
+        raise CuveeError(f"'{entry.name}' takes no weight of a model", where=config.search.where, mend=mend)
+    count = max(2, len(config.bags))
+    models, shares = [f"member-{i}" for i in range(count)], [1 / count] * count
+    base = "base" if entry.base == "required" else None
+    config.search.check(config.merge.method, config.merge.parameters, models, shares, base)
 
 
 def _check_merge(merge: MergeSettings) -> None:

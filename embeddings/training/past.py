@@ -13,6 +13,7 @@ from embeddings.training.config import TrainingConfig
 from embeddings.training.core_set import DATA_FILE
 from embeddings.training.data import TrainingSet
 from embeddings.training.run_folder import CORE, MODEL
+from embeddings.training.search_settings import SearchSettings
 from embeddings.training.train import Trained
 from merging import lineage
 from merging.errors import CuveeError
@@ -122,6 +123,7 @@ def _settings_of(trained: Mapping[str, Any], where: str) -> TrainingConfig:
             "data": (),
             "loss": training_config.LossSettings(**plain["loss"]),
             "merge": training_config.MergeSettings(**plain["merge"]),
+            "search": _search_of(plain.get("search"), where),
             "bags": (),
             "evaluate": None,
         }
@@ -129,6 +131,10 @@ def _settings_of(trained: Mapping[str, Any], where: str) -> TrainingConfig:
     except (KeyError, TypeError, ValueError) as error:
         mend = "give --base and --config"
         raise CuveeError(f"its lineage holds no settings to train with: {error}", where=where, mend=mend) from None
+
+
+def _search_of(plain: Mapping[str, Any] | None, where: str) -> SearchSettings | None:
+    return None if plain is None else SearchSettings(plain["said"], plain["near"], where)
 
 
 def _core_of(model: Path, folder: Path) -> Path:

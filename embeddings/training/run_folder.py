@@ -1,12 +1,15 @@
 """The folder of a run: what is in it, whose it is, and how it is claimed and finished.
 
-members/<number>-<percent>/   a model each, its metrics, rows.npz: by data set, the numbers of its rows
-model/                        the merge; of a run without bags, the one model there is
-base/                         what the members started from, where a merge needs it and its folder has no modules
-core/                         rows kept for later updates: tables, data.yml that names them, rows.npz
-data/                         token ids of all texts
-work/                         of members that are not done
-cuvee.json                    settings, members, costs
+    members/<number>-<percent>/   a model each, its metrics, rows.npz: by data set, the numbers of its rows
+    model/                        the merge; of a run without bags, the one model there is
+    base/                         what the members started from, where a merge needs it and its folder has no modules
+    core/                         rows kept for later updates: tables, data.yml that names them, rows.npz
+    data/                         token ids of all texts
+    search/, search.yml           of a search of the merge's weights: its study, and what it was asked
+    work/                         of members that are not done
+    cuvee.json                    settings, members, costs
+
+The same command on it makes only what is missing.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ from merging import lineage
 from merging.errors import CuveeError
 from merging.output import alone, just_begun, write_whole
 
-MODEL, BASE, CORE, MEMBERS, WORK, DATA = "model", "base", "core", "members", "work", "data"
-_MADE = (MEMBERS, MODEL, BASE, CORE, WORK)  # of a configuration; `data` serves others too
+MODEL, BASE, CORE, MEMBERS, SEARCH, WORK, DATA = "model", "base", "core", "members", "search", "work", "data"
+_MADE = (MEMBERS, MODEL, BASE, CORE, SEARCH, WORK)  # of a configuration; `data` serves others too
 _CONFIG = "config.yml"
 
 

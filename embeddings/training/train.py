@@ -48,7 +48,7 @@ LOG_EVERY = 10
 _LAST = 50  # steps whose mean loss is the run's
 _PACKAGES = ("torch", "transformers", "sentence-transformers", "numpy")
 #: Settings that change no member's weights …
-AFTER_TRAINING = ("merge", "merge_weights", "core", "save_every", "evaluate")
+AFTER_TRAINING = ("merge", "merge_weights", "search", "core", "save_every", "evaluate")
 #: … and those that a member's rows stand for.
 _OF_THE_RUN = (*AFTER_TRAINING, "bags", "data")
 

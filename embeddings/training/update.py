@@ -21,7 +21,7 @@ from embeddings.training.config import DataSettings, TrainingConfig
 from embeddings.training.core_set import DATA_FILE, write_core
 from embeddings.training.data import TrainingSet
 from embeddings.training.draws import Rows, draw_new_core
-from embeddings.training.member_merge import merge_models, told_by
+from embeddings.training.member_merge import Merge, merge_models, told_by
 from embeddings.training.members import Note, help_train, read_sets, train_jobs
 from embeddings.training.options import Options, refuse_device
 from embeddings.training.past import Past, read_past, training_lineage
@@ -30,7 +30,6 @@ from embeddings.training.train import Job
 from merging import lineage
 from merging.loading import only_our_words
 from merging.progress import Work
-from merging.recipe import Recipe
 from merging.sources import ModelRef
 
 _UPDATE = "update"
@@ -101,16 +100,12 @@ def update_model(
             "rows_in_all": seen,
             "updated_model": past.model,
         }
-        recipe = Recipe(
-            merge_method=_MERGE,
-            models=[{"model": str(path), "parameters": {"weight": 1.0}} for path in (past.model, job.out)],
-            dtype="float32",
-            where=str(model),
-        )
-        merge_models(recipe, [updates, told_by(job.out)], out, settings.seed, content, progress)
+        inputs = (updates, told_by(job.out))
+        merge = Merge(_MERGE, (past.model, str(job.out)), (1.0, 1.0), inputs, where=str(model))
+        found = merge_models(merge, settings.search, out, settings.seed, content, options, progress, note)
         passes = settings.epochs or done.rows / sum(map(len, sets))
         full = None if seen is None else round(seen * passes)
-        more = {"cost_full_retraining": full}
+        more = {"cost_full_retraining": full, **({"weights": found} if found else {})}
         return finish(out, "update", settings, options, began, {_UPDATE: done}, content, more)
 
 
@@ -133,7 +128,10 @@ def _settings(past: Past, new: Sequence[DataSettings], seed: int | None) -> Trai
             name, number = f"{each.name}-{number}", number + 1
         taken.add(name.lower())
         renamed.append(replace(each, name=name))
-    config = replace(past.config, data=(*old, *renamed), bags=(), evaluate=None, core=past.percent)
+    search = past.config.search
+    if search is not None:  # of two models, by the method of updates
+        search = replace(search, said={key: said for key, said in search.said.items() if key not in ("vary", "start")})
+    config = replace(past.config, data=(*old, *renamed), bags=(), evaluate=None, search=search, core=past.percent)
     return config if seed is None else replace(config, seed=seed)
 
 

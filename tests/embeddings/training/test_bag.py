@@ -27,6 +27,7 @@ from merging.errors import CuveeError
 from merging.output import alone
 from tests.embeddings.runs import config_of, same_weights, sets_of, weights, write_config
 
+QUIETLY: tuple[Any, ...] = (Options(), lambda *_: None, lambda line: None)
 BAGS = "bags: [50, complement, 75]\nepochs: 1\nsave_every: 0\ncore: 25\n"
 
 
@@ -159,11 +160,11 @@ def test_weights_are_by_size_or_equal(
     run: Path, config: TrainingConfig, sets: list[TrainingSet], tmp_path: Path, kind: str, shares: list[float]
 ) -> None:
     """And of mean 1, for methods that do not divide by their sum."""
-    text = config.text + f"merge: {{method: task_arithmetic, parameters: {{lambda: 0.5}}}}\nmerge_weights: {kind}\n"
+    text = config.text + f"merge: {{method: task_arithmetic, parameters: {{lambda: 0.5}}}}\nweights: {kind}\n"
     (Path(config.where).parent / "other.yml").write_text(text, "utf-8")
     other = load(Path(config.where).parent / "other.yml")
     (tmp_path / "members").symlink_to(run / "members")
-    merge_members(other, draw_members(other, sets), tmp_path, {"form": 1}, lambda *_: None)
+    merge_members(other, draw_members(other, sets), tmp_path, {"form": 1}, *QUIETLY)
     base = weights(Path(config.model.path))
     members = [weights(folder) for folder in sorted((run / "members").iterdir())]
     after = weights(tmp_path / "model")
@@ -186,7 +187,7 @@ def test_a_base_without_modules_is_kept_for_the_merge(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "members").symlink_to(run / "members")
     settings = replace(config, model=replace(config.model, path=str(bare)), merge=replace(config.merge, method="ties"))
-    merge_members(settings, draw_members(settings, sets), tmp_path / "run", {}, lambda *_: None)
+    merge_members(settings, draw_members(settings, sets), tmp_path / "run", {}, *QUIETLY)
     assert (tmp_path / "run" / "base" / "modules.json").is_file()
     assert (tmp_path / "run" / "model" / "modules.json").is_file()
     shutil.rmtree(tmp_path)
