@@ -59,8 +59,10 @@ def fisher(
     squares, under, count = x.surveys[0]
     if floor_is == "absolute" and (under > 0.999 * count).any():
         x.note(f"nearly all of a model's Fisher lies under the floor of {floor:g}: set a smaller 'floor'", True)
-    norms = np.where(squares > 0, np.sqrt(squares), 1.0)
-    units = np.where(squares > 0, np.sqrt(squares / count), 1.0) if floor_is == "relative" else np.ones(len(mean))
+    told = squares > 0  # of the others nothing is known, not even a scale: they get the mean one
+    squares = np.where(told, squares, squares[told].mean() if told.any() else count)
+    norms = np.sqrt(squares)
+    units = np.sqrt(squares / count) if floor_is == "relative" else np.ones(len(mean))
     factors = np.asarray(weight) * units / (norms if normalize else 1.0)
     scaled = x.kernels.vector(factors / factors.max())  # only their ratios matter; these cannot overflow
     means, shrink = x.kernels.vector(mean), x.kernels.vector(1 / units)[:, None]

@@ -29,11 +29,15 @@ def fisher(
     if any(each is None for each in statistics):
         return np.asarray(mean)
     total, divisor = np.zeros(mean.shape), np.zeros(mean.shape)
-    for w, model, own in zip(weights, wide, statistics, strict=True):
-        information = np.broadcast_to(np.asarray(own, np.float64), mean.shape)
-        norm = math.sqrt(float((information**2).sum()))
-        factor = w / norm if normalize and norm > 0 else w
-        least = floor * (norm / math.sqrt(max(1, information.size)) or 1.0) if floor_is == "relative" else floor
+    size = max(1, mean.size)
+    everything = [np.broadcast_to(np.asarray(own, np.float64), mean.shape) for own in statistics]
+    squares = [float((information**2).sum()) for information in everything]
+    known = [each for each in squares if each > 0]
+    usual = sum(known) / len(known) if known else float(size)  # where a model's F says nothing
+    for w, model, information, square in zip(weights, wide, everything, squares, strict=True):
+        norm = math.sqrt(square or usual)
+        factor = w / norm if normalize else w
+        least = floor * norm / math.sqrt(size) if floor_is == "relative" else floor
         total = total + factor * np.maximum(information, least) * model
         divisor = divisor + factor * np.maximum(information, least)
     return np.where(divisor > 0, total / np.where(divisor > 0, divisor, 1), mean)
