@@ -55,6 +55,9 @@ class Candidate:
 class Objective(Protocol):
     """Scores models, one after another, in one process."""
 
+    def data(self) -> Mapping[str, str]:
+        """By name the digest of what scores follow from besides the model; a study goes on only with the same."""
+
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module | None:
         """Loads what all trials share; called once, before the first.
 

@@ -133,6 +133,7 @@ def _settings(config: SearchConfig, space: Space, workers: int) -> Settings:
         "models": [source.plain() for source in config.models],
         "base_model": None if config.base_model is None else config.base_model.plain(),
         "objective": config.settings.plain(),
+        "data": dict(config.make_objective().data()),
         "dtype": config.dtype,
         **({"tuning": dict(config.tuning)} if config.tuning else {}),
     }

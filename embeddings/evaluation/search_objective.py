@@ -10,6 +10,7 @@ so many rows of each, drawn once.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,10 @@ class SuiteObjective:
     def __init__(self, targets: list[Target], where: str) -> None:
         self.targets, self.where = targets, where
         self._evaluation: RepeatedEvaluation
+
+    def data(self) -> Mapping[str, str]:
+        """Of the tasks, as `cuvee evaluate` tells them."""
+        return {target.name: str(target.dataset["revision"]) for target in self.targets}
 
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module | None:
         """Opens the model, and reads the tasks' data.

@@ -34,6 +34,10 @@ class Function:
         self._function: Callable[..., Any]
         self._model: tuple[Any, ...] = ()
 
+    def data(self) -> Mapping[str, str]:
+        """Nothing is known of it."""
+        return {}
+
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module | None:
         """Imports the module, and opens the model if the function takes one.
 

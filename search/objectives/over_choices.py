@@ -15,7 +15,7 @@ from search.objective import Candidate, Scores
 from search.objectives.choices import Candidates, Choices, Classes, Prototypes
 from search.objectives.inputs import Input, label_of, labelled, places, unlabelled
 from search.objectives.score_tokens import DEFAULT_LENGTH, ScoreTokens
-from search.objectives.tasks import CORAL, CORN, Opening, Task
+from search.objectives.tasks import CORAL, CORN, Opening, Task, digests
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,10 @@ class OverChoices(ABC):
     def __init__(self, name: str, tasks: Sequence[Task], opening: Opening, *, with_answers: bool) -> None:
         self.name, self.opening, self._tasks, self._with_answers = name, opening, tuple(tasks), with_answers
         self.tasks: dict[str, Choices] = {}
+
+    def data(self) -> Mapping[str, str]:
+        """Of the tasks' files."""
+        return digests(self._tasks)
 
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module:
         """Opens the model, and reads the inputs of every task.

@@ -5,7 +5,7 @@ The score is the negative mean log-loss by token, in nats: minus the logarithm o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from merging.statistics.network import Network, open_network
 from merging.statistics.tokens import Tokens
 from search.objective import Candidate, Scores, objective
 from search.objectives.inputs import unlabelled
-from search.objectives.tasks import Opening, Task, tasks_of
+from search.objectives.tasks import Opening, Task, digests, tasks_of
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,10 @@ class Perplexity:
         self._tasks, self._opening = tuple(tasks), opening
         self._texts: dict[str, list[Tokens]] = {}
         self._network: Network | None = None
+
+    def data(self) -> Mapping[str, str]:
+        """Of the tasks' files."""
+        return digests(self._tasks)
 
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module:
         """Opens the language model and reads the texts.

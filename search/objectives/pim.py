@@ -8,12 +8,13 @@ Source: arXiv 2505.18548, section 3, and the authors' code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merging.errors import CuveeError
 from merging.node import Node
+from merging.statistics.score_prior import open_score_prior
 from search.objective import objective
 from search.objectives.choices import Choices
 from search.objectives.over_choices import Smooth
@@ -36,6 +37,11 @@ class Pim(Smooth):
         super().__init__("pim", tasks, opening, with_answers=False)
         self._said = {task.name: prior for task, prior in zip(tasks, priors, strict=True)}
         self._priors: dict[str, Tensor] = {}
+
+    def data(self) -> Mapping[str, str]:
+        """Of the tasks' files, and the sources' priors themselves."""
+        folders = (folder for prior in self._said.values() for folder in prior.folders)
+        return {**super().data(), **{str(each.absolute()): str(open_score_prior(each)) for each in folders}}
 
     def read(self, task: Task, choices: Choices) -> None:
         import torch

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from merging.errors import CuveeError
 from merging.fields import choice, given, located, looked_for, mapping, number, text, text_of, texts
+from merging.lineage import file_digest
 from merging.node import Node
 from merging.setting import did_you_mean, quoted, refuse_unknown_keys
 from merging.statistics.calibration import COLUMNS
@@ -130,6 +131,13 @@ def tasks_of(
         refuse_unknown_keys(Node(own, item.where), of_task, f"the task '{key}'")
         tasks.append(_task(key, Node({**shared, **own}, item.where), near, examples, labelled))
     return tuple(tasks), opening
+
+
+def digests(tasks: Sequence[Task]) -> dict[str, str]:
+    """Of the files of all tasks."""
+    files = [file for task in tasks for file in task.files]
+    files += [task.prototypes for task in tasks if isinstance(task.prototypes, Path)]
+    return {str(file.absolute()): file_digest(file) for file in files}
 
 
 def _task(name: str, said: Node, near: Path, examples: int | None, labelled: bool) -> Task:

@@ -42,6 +42,9 @@ class Near:
     def __init__(self, family: Family, broken: Callable[[int], None] = lambda call: None) -> None:
         self.family, self.broken, self.calls = family, broken, 0
 
+    def data(self) -> dict[str, str]:
+        return {}
+
     def prepare(self, model: ModelRef, device: str) -> Any:
         load = self.family.architecture.model_class().from_pretrained
         self.module = load(model.path)

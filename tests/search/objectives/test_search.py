@@ -90,6 +90,9 @@ def test_entropy_on_whole_classifiers(tmp_path: Path) -> None:
     again = scores("entropy", {"data": {"x": str(files[0]), "y": str(files[1])}}, tmp_path / "out/model")
     assert again.tasks == pytest.approx(result["scores"], abs=1e-5)
     assert result["best"]["score"] == pytest.approx(np.mean(list(result["scores"].values())))
+    table(files[1], [{"text": text} for text in sentences(9, 5)])
+    refused = run("search", tmp_path / "search.yml", tmp_path / "out", cwd=tmp_path)
+    assert refused.code == 2 and "study of another data" in refused.err, "scores of other texts are no scores of these"
 
 
 def test_a_score_prior_of_each_source_is_all_that_pim_needs_of_them(tmp_path: Path) -> None:
