@@ -272,7 +272,9 @@ def test_data_are_turned_into_statistics_at_the_recipes_own_weight(
 
     def merged(first: float) -> Any:
         notes.clear()
-        return merging.merge(file(first), tmp_path / "out", force=True, note=notes.append)
+        found = merging.merge(file(first), tmp_path / "out", force=True, note=notes.append)
+        notes[:] = [note for note in notes if note.startswith("computing")]
+        return found
 
     merging.merge(file(0.25), tmp_path / "out", dry_run=True)
     assert not (tmp_path / "out.stats").exists()

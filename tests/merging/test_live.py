@@ -413,7 +413,10 @@ def test_the_gradient_along_adapters(backend: str, zoo: Callable[[str], Family],
     assert_gradient_of_a_linear_loss(live, module)
 
 
-def test_the_gradient_is_the_same_for_any_number_of_threads(minilm_family: MiniLMFamily, encoder: Any) -> None:
+def test_the_gradient_is_the_same_for_any_number_of_threads(minilm_family: MiniLMFamily) -> None:
+    from transformers import AutoModel
+
+    encoder = AutoModel.from_pretrained(minilm_family.base)
     generator = torch.Generator().manual_seed(0)
     gradients = {n: torch.randn(p.shape, generator=generator) for n, p in encoder.named_parameters()}
     one, three = (
