@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -32,10 +32,12 @@ class Scores:
     Attributes:
         total: the objective's own number; None where there is no other than the tasks'.
         tasks: by name.
+        beside: the names of those that are told and may have a floor, but count in no mean, nor as the worst.
     """
 
     total: float | None = None
     tasks: Mapping[str, float] = field(default_factory=dict)
+    beside: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,7 @@ class Goal:
             found[0] /= sum(self.weights.values())
         elif self.aggregate == "mean" and scores.total is not None:
             found = [scores.total]
-        elif scores.tasks:
-            values = list(scores.tasks.values())
+        elif values := [value for task, value in scores.tasks.items() if task not in scores.beside]:
             found = [min(values) if self.aggregate == "worst" else sum(values) / len(values)]
         elif scores.total is not None:
             found = [scores.total]

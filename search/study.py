@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from merging.errors import CuveeError
 from search import engines
 from search.choose import Trial, front
+from search.cocktail import alone
 from search.design import COCKTAIL
 from search.objective import Goal, Scores
 from search.space import Space
@@ -37,6 +38,7 @@ JOURNAL, SQLITE = "study.log", "study.db"
 _IDENTITY, _START, _TASKS, _SECONDS, _ERROR, _FLOOR = "cuvee", "start", "tasks", "seconds", "error", "floor"
 _HOPELESS = 8  # failures in a row, where nothing ever succeeded
 _ASK = ".ask"
+_PATIENCE = 0.2  # seconds between looks at what others have at work
 
 
 @dataclass(frozen=True)
@@ -103,16 +105,28 @@ class Study:
 
     def ask(self) -> optuna.Trial | None:
         """The next trial with its point; None: the search ends. One process asks at a time and knows what others do."""
-        with _locked(self.folder / _ASK):
-            if self.ended() is not None:
-                return None
-            return self.optuna.ask(self._distributions)
+        while True:
+            with _locked(self.folder / _ASK):
+                if self.ended() is not None:
+                    return None
+                if not self._mixes_too_early():
+                    return self.optuna.ask(self._distributions)
+            time.sleep(_PATIENCE)
 
     def put(self, point: Mapping[str, Any]) -> optuna.Trial | None:
         """The next trial, at this point unless another waits; None: the search ends."""
         if not self.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             self.optuna.enqueue_trial(dict(point))
         return self.ask()
+
+    def _mixes_too_early(self) -> bool:
+        """Whether the next trial is the mixture of models of which another process has one at work, so without a score."""
+        waiting = self.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if not waiting or COCKTAIL not in waiting[0].user_attrs:
+            return False
+        at_work = self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        models = alone(self.settings.space)
+        return any(trial.params in models for trial in at_work)
 
     def tell(self, trial: optuna.Trial, scores: Scores | None, seconds: float, error: str = "") -> None:
         """How a trial ended; without scores, or with some that are none, it failed."""

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def search_side_by_side(
     """
     context = multiprocessing.get_context("spawn")
     count = settings.workers
-    processes, open_ends = [], []
+    processes: list[SpawnProcess] = []
+    at_work: dict[Connection, SpawnProcess] = {}  # by the end that we read
     try:
         for i in range(count):
             ours, theirs = context.Pipe(duplex=False)
@@ -75,27 +77,29 @@ def search_side_by_side(
             process.start()
             theirs.close()
             processes.append(process)
-            open_ends.append(ours)
-        while open_ends:
-            for ready in wait(open_ends):
+            at_work[ours] = process
+        while at_work:
+            for ready in wait(list(at_work)):
                 assert isinstance(ready, Connection)
                 try:
                     message = ready.recv()
                 except EOFError:
-                    open_ends.remove(ready)
+                    _refuse_broken(at_work.pop(ready), folder)  # at once: others may wait for what it was at
                     continue
                 if isinstance(message, CuveeError):
                     raise message
                 told(message)
-        for process in processes:
-            process.join()
-            if process.exitcode:
-                mend = "start the same command again: it goes on"
-                raise CuveeError(f"a worker ended with status {process.exitcode}", where=str(folder), mend=mend)
     finally:
         for process in processes:
             process.terminate()
             process.join()
+
+
+def _refuse_broken(process: SpawnProcess, folder: Path) -> None:
+    process.join()
+    if process.exitcode:
+        mend = "start the same command again: it goes on"
+        raise CuveeError(f"a worker ended with status {process.exitcode}", where=str(folder), mend=mend)
 
 
 def _work(job: Job, report: Any) -> None:

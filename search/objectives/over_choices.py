@@ -89,7 +89,7 @@ class OverChoices(ABC):
             if choices.valid is not None:
                 valid[VALID if name == self.name else f"{name}.{VALID}"] = choices.valid
         total = sum(found.values()) / len(found)
-        return Scores(total, {**found, **valid})
+        return Scores(total, {**found, **valid}, tuple(valid))
 
 
 class Smooth(OverChoices):

@@ -3,6 +3,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,26 @@ def test_the_mixture_is_tried_after_the_models(tmp_path: Path) -> None:
     trials = searched(tmp_path)
     assert [*trials[5].point.values()] == pytest.approx(shares(LOSSES, 0.5))
     assert len(trials) == 8
+
+
+def test_the_mixture_waits_for_models_that_others_have_at_work(tmp_path: Path) -> None:
+    own = space()
+    study = open_study(Settings(own, "gp", 0, design(own, (Start(COCKTAIL, temperature=0.5),), 0), 8), tmp_path)
+    first, *others = [study.ask() for _ in LOSSES]
+    assert first is not None
+    study.tell(first, Scores(-LOSSES[0]), 0.0)
+
+    def tell_late() -> None:
+        time.sleep(0.3)
+        for trial, loss in zip(others, LOSSES[1:], strict=True):
+            assert trial is not None
+            study.tell(trial, Scores(-loss), 0.0)
+
+    late = threading.Thread(target=tell_late)
+    late.start()
+    mixture = study.ask()
+    late.join()
+    assert mixture is not None and [*mixture.params.values()] == pytest.approx(shares(LOSSES, 0.5))
 
 
 @pytest.mark.parametrize("killed_at", [4, 6, 7])

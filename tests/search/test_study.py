@@ -123,6 +123,12 @@ def test_what_is_maximised(goal: Goal, expected: list[float]) -> None:
     assert goal.values(Scores(tasks={"a": 0.2, "b": 0.8})) == pytest.approx(expected)
 
 
+def test_what_stands_beside_the_tasks_is_never_the_worst() -> None:
+    scores = Scores(tasks={"a": 0.2, "b": 0.8, "a.valid": 0.1}, beside=("a.valid",))
+    assert Goal("worst").values(scores) == [0.2] and Goal().values(scores) == [0.5]
+    assert Goal("worst", floors={"a.valid": 0.3}).violations(scores) == {"a.valid": pytest.approx(0.2)}
+
+
 def test_a_missing_task_is_told() -> None:
     with pytest.raises(CuveeError, match="no score of the task 'c'; given: a"):
         Goal(front=("a", "c")).values(Scores(tasks={"a": 1.0}))

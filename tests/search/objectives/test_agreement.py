@@ -93,7 +93,7 @@ def test_a_language_models_scores_tell_how_many_outputs_are_valid(tmp_path: Path
     table(tmp_path / "t.jsonl", rows)
     found = scores("score", said, folder)
     assert found.tasks.keys() == {"score", "valid"} and 0 <= found.tasks["valid"] <= 1
-    assert found.total == found.tasks["score"]
+    assert found.total == found.tasks["score"] and [*found.beside] == ["valid"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
