@@ -200,10 +200,10 @@ def _computed(
     data = _located(options.pop("data"), relative_to)
     if not data.is_file():
         raise CuveeError("no such file of texts", where=f"{source.stats.where}: {data}", mend="name a file in 'data'")
-    key = json.dumps(
-        [fingerprint(view), lineage.file_digest(data), options, *([fingerprint(origin[0])] if origin else [])],
-        sort_keys=True,
-    )
+    # Not the device: it changes rounding at most, and processes side by side have one each.
+    asked = {name: value for name, value in options.items() if name != "device"}
+    parts = [fingerprint(view), lineage.file_digest(data), asked, *([fingerprint(origin[0])] if origin else [])]
+    key = json.dumps(parts, sort_keys=True)
     name = re.sub(r"[^\w.-]+", "-", Path(view.ref.path).name)[:60] or "model"
     name = f"{name}-{xxhash.xxh3_64_hexdigest(key.encode())}"
     folder = cache / (f"{name}-at-{origin[1]!r}" if origin else name)

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from merging import engine, recipe_statistics
+from merging import engine, lineage, recipe_statistics
 from merging.errors import CuveeError
 from merging.live_recipe import filters_of
 from merging.recipe import Recipe
 from merging.sources import StatsRef
+from merging.statistics import fingerprint
 from merging.views import View
 from search import engines
 from search.config import SearchConfig
@@ -41,6 +42,25 @@ def tensor_names(config: SearchConfig) -> list[str]:
         return list(view.tensors)
     finally:
         view.checkpoint.close()
+
+
+def content_of(config: SearchConfig) -> dict[str, list[str]]:
+    """What tells models and statistics from others that take their place: with other ones the same points score otherwise.
+
+    Raises:
+        CuveeError: a model or statistics that cannot be opened.
+    """
+    base = [] if config.base_model is None else [config.base_model]
+    models, statistics = [], []
+    for ref in (*base, *(source.model for source in config.models)):
+        view = View.open(ref, None)
+        with view.checkpoint:
+            models.append(fingerprint(view))
+    for stats in (source.stats for source in config.models if source.stats is not None):
+        file = Path(stats.options["data"]) if stats.path is None else Path(stats.path) / lineage.FILE
+        if file.is_file():  # else the method reads none, or `check` has refused it
+            statistics.append(lineage.file_digest(file))
+    return {"model content": models, **({"statistics": statistics} if statistics else {})}
 
 
 def recipe_of(

@@ -295,6 +295,10 @@ def test_data_are_turned_into_statistics_once(minilm: Path, texts: Path, tmp_pat
     second = merged(force=True)
     assert not notes
     assert second["digest"] == first["digest"]
+    stats["device"] = "cpu:0"
+    file.write_text(yaml.safe_dump(recipe))
+    assert merged(force=True)["digest"] == first["digest"]
+    assert not notes, "processes side by side, on a device each, share them"
     texts.write_text(texts.read_text() + '{"query": "a", "positive": "b"}\n')
     merged(force=True, dry_run=True)
     assert not notes

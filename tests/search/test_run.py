@@ -106,6 +106,15 @@ def test_a_search_that_is_done_is_not_done_again(place: Path) -> None:
     assert again.code == 0 and again.json["best"] == first["best"]
 
 
+def test_a_search_of_a_model_that_was_trained_anew_is_another(place: Path) -> None:
+    file, out = write(place, engine="random", trials=3), place / "out"
+    assert run("search", file, out).code == 0
+    write_model(place / "b", tiny(3))
+    done = run("search", file, out)
+    assert done.code == 2 and "holds a study of another model content" in done.err
+    assert run("search", file, out, "--force").code == 0
+
+
 def test_a_killed_search_goes_on_as_if_nothing_had_been(place: Path) -> None:
     file = write(place, engine="tpe", objective={"function": "score:slow"})
     assert run("search", file, place / "whole").code == 0
