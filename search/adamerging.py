@@ -25,7 +25,7 @@ from search.candidates import Candidates
 from search.choose import Trial
 from search.config import SearchConfig
 from search.descent import Descent, Vector
-from search.design import design
+from search.design import COCKTAIL, design
 from search.objective import Goal
 from search.space import GROUPINGS, Space
 from search.study import Study, attempt
@@ -74,6 +74,10 @@ def begin(config: SearchConfig, space: Space) -> list[dict[str, Any]]:
         raise CuveeError(f"'{other}' has no gradient", where=config.at("vary"), mend=f"fix it, or {other_engine}")
     if space.fixed.get("normalize"):
         raise CuveeError("AdaMerging's weights are not divided by their sum", where=config.at("vary"))
+    mixture = next((start for start in config.start if start.kind == COCKTAIL), None)
+    if mixture is not None:
+        what = "a descent begins at one point, and a cocktail is known after the models have scored"
+        raise CuveeError(what, where=mixture.where, mend="start: [{weight: [0.2, 0.5]}], or [uniform]")
     if config.goal.aggregate == "worst":
         what = "the worst of the tasks has no gradient for the others"
         raise CuveeError(what, where=config.at("objective"), mend="aggregate: mean")

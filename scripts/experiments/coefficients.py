@@ -74,7 +74,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fisher-examples", type=int, default=30, help="calibration rows a specialist")
     parser.add_argument("--engine", default="gp")
     parser.add_argument("--no-multi-task", dest="multi_task", action="store_false")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if min(options.shares) < 1 and not options.test_rows:
+        parser.error("--shares are of --test-rows, which must be a number then")
+    return options
 
 
 class Coefficients:

@@ -296,6 +296,7 @@ def test_other_settings_are_another_study(family: Family, register: Callable[[An
         ("method: ties\n", "adamerging", "is a search of 'task_arithmetic', not of 'ties'"),
         ("vary: {lambda: {low: 0, high: 2}}\n", "adamerging", "'lambda' has no gradient"),
         ("vary: {normalize: true}\n", "adamerging", "not divided by their sum"),
+        ("start: [uniform, cocktail]\n", "adamerging", "a descent begins at one point"),
         ("", "{adamerging: {rate: 0}}", "'rate' is 0"),
         ("", "{adamerging: {stepz: 3}}", "'stepz' is no key"),
         ("", "{adamerging: 3}", "must be a mapping"),
