@@ -80,15 +80,20 @@ class SearchSettings:
         base: str | None,
     ) -> None:
         """Raises CuveeError, at the training configuration's line, for a search that cannot be."""
+        from search import engines, rivals
         from search.design import design
         from search.space import GROUPINGS, make_space
 
         text = self.text(method, parameters, models, shares, base, 0)
         config = self.config(text)
-        if any(vary.per in GROUPINGS for vary in config.vary.values()):
-            return  # the tensors' names are not known yet
+        grouped = any(vary.per in GROUPINGS for vary in config.vary.values())
+        names = ["a.tensor"] if grouped else []  # the true ones are not known yet
         try:
-            design(make_space(config.method, len(models), config.vary), config.start, 0)
+            space = make_space(config.method, len(models), config.vary, names, engines.get(config.engine).dimensions)
+            if rival := rivals.get(config):
+                rival.begin(config, space)
+            elif not grouped:
+                design(space, config.start, 0)
         except CuveeError as error:
             raise self._here(error, text) from None
 

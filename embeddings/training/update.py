@@ -131,6 +131,7 @@ def _settings(past: Past, new: Sequence[DataSettings], seed: int | None) -> Trai
     search = past.config.search
     if search is not None:  # of two models, by the method of updates
         search = replace(search, said={key: said for key, said in search.said.items() if key not in ("vary", "start")})
+        search.check(_MERGE, {}, ("existing", "update"), (0.5, 0.5), None)
     config = replace(past.config, data=(*old, *renamed), bags=(), evaluate=None, search=search, core=past.percent)
     return config if seed is None else replace(config, seed=seed)
 

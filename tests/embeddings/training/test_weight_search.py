@@ -138,6 +138,18 @@ def test_configurations_of_before_are_the_same_runs(config: TrainingConfig) -> N
         ("weights: size\nmerge_weights: size", r"config.yml:6: .*are the same; keep 'weights'"),
         ("weights:\n  search:\n    trials: 0\n    objective: suite", r"config.yml:7: 'trials' is 0"),
         ("weights:\n  search:\n    engine: gpp\n    objective: suite", r"config.yml:7: .*'gpp'.*'gp'"),
+        (
+            "weights:\n  search:\n    engine: adamerging\n    objective: suite",
+            r"config.yml:5: AdaMerging is a search of 'task_arithmetic'",
+        ),
+        (
+            "merge: task_arithmetic\nweights:\n  search:\n    engine: adamerging\n    objective: suite",
+            r"config.yml:9: the objective 'suite' has no gradient",
+        ),
+        (
+            "weights:\n  search:\n    engine: lm_cocktail\n    objective: suite",
+            r"config.yml:5: LM-Cocktail is one trial",
+        ),
         ("weights:\n  search:\n    objective: {suite: nowhere}", r"config.yml:7: no such suite: nowhere"),
         ("weights:\n  search:\n    objective: suite\n    vary: {wait: 1}", r"config.yml:8: 'wait' is no parameter"),
         ("weights:\n  search:\n    objective: suite\n    start: [{weight: [1, 1, 1]}]", r"config.yml:8: .*a list of 2"),
