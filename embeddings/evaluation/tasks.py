@@ -204,7 +204,8 @@ def _unknown(name: str, of_suites: Iterable[str]) -> CuveeError:
     near = [known[found] for found in difflib.get_close_matches(name.lower(), known, n=3)]
     mend = f"the nearest are {quoted(near)}" if near else "`mteb available-tasks` lists mteb's"
     what = f"'{name}' is no task or benchmark of mteb, and no task of a suite named here or of the shipped one"
-    return CuveeError(what, where="--tasks", mend=f"{mend}; add --suite FOLDER for tasks of your own")
+    own = "add --suite FOLDER, or 'suite: FOLDER' in a YAML, for tasks of your own"
+    return CuveeError(what, where="--tasks", mend=f"{mend}; {own}")
 
 
 @cache

@@ -151,7 +151,10 @@ def test_a_limit_of_judged_tables_is_of_queries(tmp_path: Path) -> None:
         ("suite: shipped\nsplit: dev", r"search.yml:2: 'dev' is no choice for 'split'"),
         ("suite: shipped\ntasks:\n- word\n- organ-system", r"search.yml:4: 'organ-system' has no validation split"),
         ("suite: shipped\ntasks: [word, organ-system, STS17]", r"search.yml:2: 'organ-system' has no validation split"),
-        ("suite: shipped\ntasks: [STSBenchmrk]", r"search.yml:2: 'STSBenchmrk' is no task.*STSBenchmark"),
+        (
+            "suite: shipped\ntasks: [STSBenchmrk]",
+            r"search.yml:2: 'STSBenchmrk' is no task.*STSBenchmark.*'suite: FOLDER'",
+        ),
         ("suite: shipped\nlimit: 0", r"search.yml:2: 'limit' is 0"),
     ],
 )
