@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from merging.statistics.matching import Piece
 
 Ref = ModelRef | str | os.PathLike[str]
-#: Parts that a module may have without weights in its file, since nobody reads what they give.
-UNUSED = ("pooler",)
 
 
 class LiveMerge:
@@ -176,9 +174,8 @@ class LiveMerge:
         """
         if not self._has_base:
             raise MergeError(f"'{self._method.name}' has no task vectors to look along", mend="use task_arithmetic")
-        merged = [step.name for step in self._plan.steps if step.action == "merge" and self._complete(step)]
         found = {}
-        for name in merged:
+        for name in (step.name for step in self._merged()):
             parameter, piece = self._places.get(name, ("", None))
             if piece is not None and parameter in gradients:
                 found[name] = self._rewriting.flat(piece.of(gradients[parameter].detach()))
@@ -210,6 +207,9 @@ class LiveMerge:
         shared, per_model = recipe.values(self._method, step.name, self._fractions[step.name])
         wanted = recipe.wants_statistics(self._method)
         return replace(step, parameters=methods.keywords({**shared, **per_model}), statistics=wanted)
+
+    def _merged(self) -> list[Step]:
+        return [step for step in self._plan.steps if step.action == "merge" and self._complete(step)]
 
     def _complete(self, step: Step) -> bool:
         """Whether the method makes it: every model has that tensor."""
@@ -272,14 +272,14 @@ def _places(
     Raises:
         CuveeError: a parameter is none of the base's tensors.
     """
-    from merging.statistics.matching import Piece, match
+    from merging.statistics.matching import Piece, match, unread
 
     with adapter_merged(base, checkpoint.path) as folder, Checkpoint.open(folder) as stored:
         matches = match({name: tensor.cpu() for name, tensor in own.items()}, stored)
     found = {stored_name: (name, Piece(stored_name)) for name, stored_name in matches.names.items()}
     found |= {piece.name: (name, piece) for name, pieces in matches.pieces.items() for piece in pieces}
     known = matches.names.keys() | matches.pieces.keys()
-    missing = [n for n in parameters if n not in known and not any(part in n for part in UNUSED)]
+    missing = [n for n in parameters if n not in known and not unread(n)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CuveeError(

@@ -18,7 +18,7 @@ from merging import methods, recipe_statistics
 from merging.checkpoint import Checkpoint
 from merging.errors import CuveeError, MergeError
 from merging.inputs import Values, Workspace
-from merging.live import UNUSED, LiveMerge, Ref, weights_of
+from merging.live import LiveMerge, Ref, weights_of
 from merging.live_rewriting import Rewriting
 from merging.plan import Step
 from merging.recipe import Recipe
@@ -129,9 +129,6 @@ class LiveDF(LiveMerge):
                 raise MergeError(what, where=str(self._views[model].ref), mend="compute it in float32")
         return {name: self._rewriting.flat(found[stored]) for name, stored in names.items() if stored in found}
 
-    def _merged(self) -> list[Step]:
-        return [step for step in self._plan.steps if step.action == "merge" and self._complete(step)]
-
     def _alone(self, step: Step, model: int, scale: float) -> Step:
         """θ₀ + s·τ of one model."""
         if step.action != "merge" or not self._complete(step):
@@ -154,10 +151,12 @@ class LiveDF(LiveMerge):
 
     def _probe(self, network: Network) -> _Probe:
         """Raises CuveeError where it reads weights that the module has not."""
+        from merging.statistics.matching import unread
+
         with Checkpoint.open(self._base) as checkpoint:
             weights = weights_of(network.module, self._base, checkpoint)
         names = {step.base[1].name: step.name for step in self._plan.steps if step.base}
-        odd = next((name for name in weights if name not in names and not any(part in name for part in UNUSED)), None)
+        odd = next((name for name in weights if name not in names and not unread(name)), None)
         if odd is not None:
             what = f"the head '{network.head}' of the statistics reads '{odd}', which the module that is merged has not"
             raise CuveeError(what, where=str(self._base), mend="name in 'stats' the head that the objective has")

@@ -7,6 +7,7 @@ import glob
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,7 +66,7 @@ def write_whole(file: Path, text: str) -> None:
     Raises:
         CuveeError: it cannot be written.
     """
-    half = file.with_name(f".{file.name}.{os.getpid()}")
+    half = file.with_name(f".{file.name}.{threading.get_ident()}.{os.getpid()}")  # threads of one process write it too
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         _remove_halves(file)

@@ -80,6 +80,11 @@ class Matches:
     pieces: Mapping[str, tuple[Piece, ...]]
 
 
+def unread(parameter: str) -> bool:
+    """Whether a module may have it without weights in its file, since nobody reads what it gives."""
+    return "pooler" in parameter
+
+
 def match(
     parameters: Mapping[str, Tensor],
     checkpoint: Checkpoint,

@@ -27,7 +27,7 @@ from merging.loading import (
 )
 from merging.sources import ModelRef
 from merging.statistics import images
-from merging.statistics.matching import Matches, Piece, match
+from merging.statistics.matching import Matches, Piece, match, unread
 from merging.statistics.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_LENGTH = 512
 #: sentence-transformers' names of the prompts of a side, first come first taken.
 _PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
-_UNUSED = ("pooler",)  # parts that a model may have without weights of its own, since nobody reads what they give
 
 
 @dataclass(frozen=True)
@@ -351,7 +350,7 @@ def _refuse_random(module: Any, matches: Matches, ref: str) -> None:
     """What the files lack was filled with random numbers."""
     known = matches.names.keys() | matches.pieces.keys()
     missing = [name for name, _ in module.named_parameters() if name not in known]
-    missing = [name for name in missing if not any(part in name for part in _UNUSED)]
+    missing = [name for name in missing if not unread(name)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CuveeError(

@@ -34,7 +34,7 @@ from embeddings.quickstart import demo_model
 from merging.engine import merge_text
 from merging.errors import CuveeError
 from merging.loading import only_our_words, wait_passively
-from merging.output import write_whole
+from merging.output import staged, write_whole
 from merging.progress import work_bars
 from search import config as search_config
 from search.objectives.agreement import quadratic_kappa
@@ -268,11 +268,9 @@ def _batches(rows: Sequence[Row], size: int, draw: random.Random) -> list[Sequen
 
 
 def _save(model: Any, tokenizer: Any, out: Path) -> None:
-    scratch = out.with_name(f".{out.name}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
-    scratch.rename(out)
+    with staged(out) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
 
 
 def report(records: Sequence[Mapping[str, Any]], options: argparse.Namespace, lab: Lab) -> str:

@@ -45,7 +45,7 @@ from merging import methods
 from merging.engine import merge_text
 from merging.errors import CuveeError
 from merging.loading import only_our_words, wait_passively
-from merging.output import write_whole
+from merging.output import staged, write_whole
 from merging.progress import work_bars
 
 IN_DOMAIN = (
@@ -268,6 +268,8 @@ class Lab:
                 entry["stats"] = str(self.statistics(name, method.statistics, seed))
             models.append(entry)
         recipe = {"merge_method": method.method, "base_model": str(self.base), "models": models, "parameters": setting}
+        if self.options.foreign:
+            recipe["missing"] = "keep"  # a pooler that nobody uses, which only some of them have
         shutil.rmtree(out, ignore_errors=True)
         merge_text(yaml.safe_dump(recipe), out, seed=seed, device=self.options.device)
 
@@ -378,12 +380,10 @@ def report(lab: Lab, options: argparse.Namespace) -> str:
 
 def _shortened(model: Path, out: Path, max_length: int) -> None:
     """A copy of a sentence-transformers folder that reads so many tokens of a text at most, as those made from it will."""
-    scratch = out.with_name(f".{out.name}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    shutil.copytree(model, scratch)
-    file = scratch / "sentence_bert_config.json"
-    write_whole(file, json.dumps({**read(file), "max_seq_length": max_length}, indent=1) + "\n")
-    scratch.rename(out)
+    with staged(out) as scratch:
+        shutil.copytree(model, scratch, dirs_exist_ok=True)
+        file = scratch / "sentence_bert_config.json"
+        write_whole(file, json.dumps({**read(file), "max_seq_length": max_length}, indent=1) + "\n")
 
 
 def _by_specialists(lab: Lab, records: Mapping[str, Sequence[Any]], number: int) -> dict[str, float]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TOKENS = 4096  # of a micro-batch at most
-_LEAST = -100.0  # logarithm of what counts as impossible
+LEAST = -100.0  # logarithm of what counts as impossible
 
 
 class Choices(ABC):
@@ -162,7 +162,7 @@ class Candidates(Choices):
         documents = directions[len(items) :][rows]  # (items, candidates, dimension)
         cosines = (directions[: len(items), None] * documents).sum(2)
         scores = (cosines / self._temperature).masked_fill(~real, -torch.inf)
-        return scores.log_softmax(1).clamp(min=_LEAST)
+        return scores.log_softmax(1).clamp(min=LEAST)
 
 
 def ordinal(outputs: Tensor, head: str) -> Tensor:
@@ -178,7 +178,7 @@ def ordinal(outputs: Tensor, head: str) -> Tensor:
         exceeded = exceeded.cumprod(1)
     one = torch.ones_like(exceeded[:, :1])
     shares = (torch.cat([one, exceeded], 1) - torch.cat([exceeded, 0 * one], 1)).clamp(min=0)
-    return (shares / shares.sum(1, keepdim=True)).clamp(min=1e-43).log().clamp(min=_LEAST)
+    return (shares / shares.sum(1, keepdim=True)).clamp(min=1e-43).log().clamp(min=LEAST)
 
 
 def forward(network: Network, tokens: Sequence[Tokens]) -> Tensor:

@@ -12,7 +12,7 @@ from merging.sources import ModelRef
 from merging.statistics.calibration import draw
 from merging.statistics.network import Network, open_network
 from search.objective import Candidate, Scores
-from search.objectives.choices import Candidates, Choices, Classes, Prototypes
+from search.objectives.choices import LEAST, Candidates, Choices, Classes, Prototypes
 from search.objectives.inputs import Input, label_of, labelled, places, unlabelled
 from search.objectives.score_tokens import DEFAULT_LENGTH, ScoreTokens
 from search.objectives.tasks import CORAL, CORN, Opening, Task, digests
@@ -84,7 +84,7 @@ class OverChoices(ABC):
         found: dict[str, float] = {}
         valid: dict[str, float] = {}
         for name, choices in self.tasks.items():
-            log_p = choices.probabilities().log().clamp(min=-100.0)
+            log_p = choices.probabilities().log().clamp(min=LEAST)
             found[name] = float(self.value(name, log_p, range(len(choices))))
             if choices.valid is not None:
                 valid[VALID if name == self.name else f"{name}.{VALID}"] = choices.valid

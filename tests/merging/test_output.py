@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from merging.errors import CuveeError
-from merging.output import alone, just_begun, staged
+from merging.output import alone, just_begun, staged, write_whole
 
 
 def make(out: Path, content: str = "new", *, force: bool = False) -> None:
@@ -194,3 +195,13 @@ def test_one_process_at_a_time_is_alone_in_a_folder(tmp_path: Path) -> None:
         pass
     with pytest.raises(CuveeError, match="cannot write"), alone(out / "cuvee.json" / "run"):
         pass
+
+
+def test_threads_that_write_one_file_do_not_take_each_others_halves(tmp_path: Path) -> None:
+    file = tmp_path / "known.json"
+    texts = [str(number) * 10_000 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            list(pool.map(lambda text: write_whole(file, text), texts))
+            assert file.read_text() in texts
+    assert listing(tmp_path) == ["known.json"]
