@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from merging.checkpoint import read_json
 from merging.errors import CuveeError
@@ -14,13 +14,24 @@ from merging.output import put_back, staged
 if TYPE_CHECKING:
     import torch
 
-    from embeddings.training.backbone import Backbone
-
 _STATE = "state.json"
 _WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 
 
-def save(folder: Path, backbone: Backbone, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+class Learner(Protocol):
+    """What can be trained and gone on with: a backbone, say."""
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Those that are trained, by the name that `state` gives them."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The trained tensors by name, not copied."""
+
+    def load_state(self, state: Mapping[str, torch.Tensor], where: str = ...) -> None:
+        """Takes over what `state` gave; CuveeError where it does not fit."""
+
+
+def save(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Replaces the folder's checkpoint.
 
     Args:
@@ -29,12 +40,12 @@ def save(folder: Path, backbone: Backbone, optimizer: torch.optim.Optimizer, sta
     from safetensors.torch import save_file
 
     with staged(folder, force=True, marker=_STATE) as staging:
-        save_file({name: tensor.contiguous() for name, tensor in backbone.state().items()}, staging / _WEIGHTS)
-        save_file(_moments(backbone, optimizer), staging / _OPTIMIZER)
+        save_file({name: tensor.contiguous() for name, tensor in learner.state().items()}, staging / _WEIGHTS)
+        save_file(_moments(learner, optimizer), staging / _OPTIMIZER)
         (staging / _STATE).write_text(json.dumps(state), encoding="utf-8")
 
 
-def load(folder: Path, backbone: Backbone, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+def load(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
     """What `save` wrote, weights and optimiser put back in place; None where there is no checkpoint.
 
     Raises:
@@ -49,17 +60,17 @@ def load(folder: Path, backbone: Backbone, optimizer: torch.optim.Optimizer) -> 
         weights, moments = load_file(folder / _WEIGHTS), load_file(folder / _OPTIMIZER)
     except Exception as error:  # safetensors' own kinds
         raise CuveeError(f"cannot be read: {error}", where=str(folder), mend="remove it, to begin anew") from None
-    backbone.load_state(weights, where=str(folder))
-    for name, parameter in backbone.named_parameters():
+    learner.load_state(weights, where=str(folder))
+    for name, parameter in learner.named_parameters():
         own = {key.rpartition("/")[2]: tensor for key, tensor in moments.items() if key.rpartition("/")[0] == name}
         if own:
             optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in own.items()}
     return read_json(folder / _STATE)
 
 
-def _moments(backbone: Backbone, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _moments(learner: Learner, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
         f"{name}/{key}": tensor.contiguous()
-        for name, parameter in backbone.named_parameters()
+        for name, parameter in learner.named_parameters()
         for key, tensor in optimizer.state.get(parameter, {}).items()
     }

@@ -204,7 +204,7 @@ class TrainingConfig:
 
         What came after the first runs were written is absent where nothing is said, so that they are still the same runs.
         """
-        found = _without_places(asdict(self))
+        found = without_places(asdict(self))
         if found["search"] is None:
             del found["search"]
         else:
@@ -236,10 +236,24 @@ def parse(yaml: str, where: str = "configuration") -> TrainingConfig:
         root = node.read(yaml, where)
         if not isinstance(root.value, dict):
             raise CuveeError("is no mapping", where=root.where, mend="write at least 'model:' and 'data:'")
+        return of_node(root, yaml, where)
+
+
+def of_node(root: Node, yaml: str, where: str) -> TrainingConfig:
+    """As `parse`, of a mapping that is read already.
+
+    Args:
+        yaml: text that says the same.
+        where: the file's name; relative paths are looked for in its folder first.
+
+    Raises:
+        CuveeError: it says something impossible.
+    """
+    with told_as(_NOUN):
         known = [each.name for each in fields(TrainingConfig) if each.name not in ("search", "where", "text", "lines")]
         refuse_unknown_keys(root, ["weights", *known], "a configuration")
         near = Path(where).parent
-        model, data, evaluate = _model(root, near), _data(root, near), _evaluation(root, near)
+        model, data, evaluate = model_settings(root, near), data_sets(root, near), _evaluation(root, near)
         merge_weights, search = weights(root, near, lambda: _validation(evaluate, data))
         config = TrainingConfig(
             model=model,
@@ -247,11 +261,11 @@ def parse(yaml: str, where: str = "configuration") -> TrainingConfig:
             schedule=text(root, "schedule", TrainingConfig.schedule),
             loss=loss_settings(given(root, "loss")) or LossSettings(),
             batch_size=number(root, "batch_size", TrainingConfig.batch_size, low=1, whole=True),
-            **_duration(root),
+            **duration(root),
             learning_rate=number(root, "learning_rate", TrainingConfig.learning_rate, above=0),
             warmup=number(root, "warmup", TrainingConfig.warmup, low=0, high=1),
             weight_decay=number(root, "weight_decay", TrainingConfig.weight_decay, low=0),
-            max_length=_max_length(root),
+            max_length=lengths_by_side(root),
             gradient_clip=number(root, "gradient_clip", TrainingConfig.gradient_clip, low=0),
             gradient_cache=number(root, "gradient_cache", TrainingConfig.gradient_cache, low=0, whole=True),
             seed=number(root, "seed", TrainingConfig.seed, low=0, high=2**32 - 1, whole=True),
@@ -287,20 +301,22 @@ def data_settings(path: str | os.PathLike[str]) -> tuple[DataSettings, ...]:
             root = Node({"data": root}, root.where)
         if not isinstance(root.value, dict):
             raise CuveeError("is no mapping", where=root.where, mend="write 'data:' and a list of data sets")
-        found = _data(root, file.parent)
+        found = data_sets(root, file.parent)
     for data in found:
         check_data_loss(data, {})
     return found
 
 
-def _data(root: Node, near: Path) -> tuple[DataSettings, ...]:
+def data_sets(root: Node, near: Path) -> tuple[DataSettings, ...]:
+    """What `data:` lists; CuveeError where it is absent."""
     data = given(root, "data")
     if data is None:
         raise CuveeError("has no 'data'", where=root.where, mend="write 'data: [{suite: shipped}]', say")
     return data_list(data, near)
 
 
-def _model(root: Node, near: Path) -> ModelSettings:
+def model_settings(root: Node, near: Path) -> ModelSettings:
+    """What `model:` names, a path or a mapping; CuveeError where it is absent."""
     model = given(root, "model")
     if model is None:
         raise CuveeError("has no 'model'", where=root.where, mend="write 'model: FOLDER', or a hub id")
@@ -347,7 +363,8 @@ def _lora(model: Node) -> LoraSettings | None:
     )
 
 
-def _duration(root: Node) -> dict[str, Any]:
+def duration(root: Node) -> dict[str, Any]:
+    """`epochs` and `steps`, one of them None; one epoch where neither is said."""
     epochs = number(root, "epochs", None, above=0)
     steps = number(root, "steps", None, low=1, whole=True)
     if epochs is not None and steps is not None:
@@ -355,7 +372,8 @@ def _duration(root: Node) -> dict[str, Any]:
     return {"epochs": 1.0 if steps is None and epochs is None else epochs, "steps": steps}
 
 
-def _max_length(root: Node) -> dict[str, int]:
+def lengths_by_side(root: Node) -> dict[str, int]:
+    """`max_length`: tokens of a query and of a document at most."""
     length, default = given(root, "max_length"), 512
     if length is None or not isinstance(length.value, dict):
         return dict.fromkeys(SIDES, number(root, "max_length", default, low=2, whole=True))
@@ -423,7 +441,8 @@ def _validation(evaluate: EvaluationSettings | None, data: Sequence[DataSettings
     return {"suite": folder or "shipped", "tasks": tasks, "split": EvaluationSettings.split} if tasks else None
 
 
-def _without_places(value: Any) -> Any:
+def without_places(value: Any) -> Any:
+    """Plain settings without the `where` of each."""
     if isinstance(value, Mapping):
-        return {key: _without_places(item) for key, item in value.items() if key != "where"}
-    return [_without_places(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: without_places(item) for key, item in value.items() if key != "where"}
+    return [without_places(item) for item in value] if isinstance(value, list | tuple) else value

@@ -27,6 +27,7 @@ from embeddings.training.batch import build_batch, objectives
 from embeddings.training.config import TrainingConfig
 from embeddings.training.data import TrainingSet
 from embeddings.training.metrics import Metrics, Sink, last_loss
+from embeddings.training.optimizer import adamw, rate
 from embeddings.training.schedule import Part, Schedule
 from embeddings.training.team import ALONE, Team
 from merging import lineage
@@ -134,7 +135,7 @@ def train(
         return done
     losses = objectives(config, sets)
     backbone = open_backbone()
-    optimizer = _optimizer(backbone, config)
+    optimizer = adamw(backbone, config.learning_rate, config.weight_decay)
     state = _checkpoint(job, backbone, optimizer, team) if not force else None
     if state is not None and state["made_by"] != made_by:
         mend = "choose another folder, or add --force to begin anew"
@@ -289,14 +290,6 @@ def _checkpoint(job: Job, backbone: Backbone, optimizer: torch.optim.Optimizer, 
     return state
 
 
-def rate(number: int, steps: int, peak: float, warmup: float) -> float:
-    """The learning rate of a step, from 0: linearly up over the warm-up, linearly down to 0 at the end."""
-    rising = -(-steps * warmup // 1)  # rounded up, as transformers does
-    if number < rising:
-        return peak * number / max(1.0, rising)
-    return peak * max(0.0, (steps - number) / max(1.0, steps - rising))
-
-
 def schedule_of(config: TrainingConfig, sets: Sequence[TrainingSet], job: Job) -> Schedule:
     """The steps of a job."""
     steps = None if config.steps is None else max(1, round(config.steps * job.share))
@@ -311,21 +304,6 @@ def schedule_of(config: TrainingConfig, sets: Sequence[TrainingSet], job: Job) -
         seed=job.seed,
         where=config.at("schedule"),
     )
-
-
-def _optimizer(backbone: Backbone, config: TrainingConfig) -> torch.optim.Optimizer:
-    import torch
-
-    # Biases and norms do not decay; nor do the tables of relative positions, which transformers counts among the biases.
-    decays = {name: parameter.ndim > 1 and "bias" not in name for name, parameter in backbone.named_parameters()}
-    matrices = [parameter for name, parameter in backbone.named_parameters() if decays[name]]
-    vectors = [parameter for name, parameter in backbone.named_parameters() if not decays[name]]
-    groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-        if group
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
 def _made_by(config: TrainingConfig, sets: Sequence[TrainingSet], job: Job) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from embeddings.training import train as training
 from embeddings.training.backbone import Backbone
 from embeddings.training.config import TrainingConfig
 from embeddings.training.data import TrainingSet
-from embeddings.training.train import Job, Trained, rate, schedule_of, train
+from embeddings.training.optimizer import adamw, rate
+from embeddings.training.train import Job, Trained, schedule_of, train
 from merging.errors import CuveeError
 from tests.embeddings.runs import (
     config_of,
@@ -139,7 +140,7 @@ def test_a_few_steps_are_those_of_sentence_transformers_trainer(minilm: Path, tm
         for parameter in group["params"]
     }
     backbone = opened(config)
-    ours = training._optimizer(backbone, config)
+    ours = adamw(backbone, config.learning_rate, config.weight_decay)
     own = {id(parameter): name for name, parameter in backbone.named_parameters()}
     decays = {own[id(parameter)]: group["weight_decay"] for group in ours.param_groups for parameter in group["params"]}
     pooled = {name for name in expected if "pooler" in name}  # BERT computes it, no one reads it
