@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from embeddings.training import train as training
 from embeddings.training.backbone import Backbone
 from embeddings.training.config import TrainingConfig
 from embeddings.training.data import TrainingSet
