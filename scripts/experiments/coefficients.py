@@ -72,6 +72,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=max(COUNTS))
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0], help="of the validation rows")
     parser.add_argument("--fisher-examples", type=int, default=30, help="calibration rows a specialist")
+    parser.add_argument("--fisher-candidates", type=int, default=8, help="among which a query chooses")
     parser.add_argument("--engine", default="gp")
     parser.add_argument("--no-multi-task", dest="multi_task", action="store_false")
     options = parser.parse_args(arguments)
@@ -126,7 +127,8 @@ class Coefficients:
         options, lab = self.options, self.lab
         models: list[dict[str, Any]] = [{"model": str(lab.model(task, seed))} for task in lab.tasks]
         if arm.startswith("df_merge"):
-            asked = {"examples": options.fisher_examples, "max_length": options.max_length, "seed": seed}
+            asked = {"examples": options.fisher_examples, "candidates": options.fisher_candidates, "seed": seed}
+            asked["max_length"] = options.max_length
             for task, model in zip(lab.tasks, models, strict=True):
                 model["stats"] = {"data": str(lab.calibration(task)), **asked}
         objective: dict[str, Any] = {"suite": str(lab.out / "suite"), "tasks": list(lab.tasks), "split": "validation"}
@@ -201,7 +203,7 @@ def report(lab: Coefficients, options: argparse.Namespace) -> str:
     return "\n".join(
         [
             f"Seeds {', '.join(map(str, seeds))}; engine {options.engine}; {options.fisher_examples} calibration rows a"
-            f" specialist for the Fisher of DF-Merge; commit {content['commit']}.",
+            f" specialist, {options.fisher_candidates} candidates each, for the Fisher of DF-Merge; commit {content['commit']}.",
             "",
             markdown(lines),
         ]

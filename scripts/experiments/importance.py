@@ -252,7 +252,7 @@ class Lab:
         if not file.exists():
             found = next(each for each in suite.load(self.out / "suite") if each.name == task)
             rows = [row for _, row in found.read_table("train", "rows")]
-            text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in _pairs(rows, random.Random(0)))
+            text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs(rows, random.Random(0)))
             write_whole(file, text)
         return file
 
@@ -392,7 +392,7 @@ def _by_specialists(lab: Lab, records: Mapping[str, Sequence[Any]], number: int)
     return {**best, **others}
 
 
-def _pairs(rows: Sequence[Mapping[str, Any]], draw: random.Random) -> Iterator[dict[str, str]]:
+def pairs(rows: Sequence[Mapping[str, Any]], draw: random.Random) -> Iterator[dict[str, str]]:
     """Texts and what belongs to them: another text of the same label, or a sentence that means much the same."""
     if "positive" in rows[0]:
         yield from ({"query": row["query"], "positive": row["positive"]} for row in rows)
