@@ -199,7 +199,7 @@ def _computed(
     assert source.stats is not None
     data = _located(options.pop("data"), relative_to)
     if not data.is_file():
-        raise CuveeError("no such file of texts", where=f"{source.stats.where}: {data}", mend="name a file in 'data'")
+        raise CuveeError(f"no such file of texts: {data}", where=source.stats.where, mend="name a file in 'data'")
     # Not the device: it changes rounding at most, and processes side by side have one each.
     asked = {name: value for name, value in options.items() if name != "device"}
     parts = [fingerprint(view), lineage.file_digest(data), asked, *([fingerprint(origin[0])] if origin else [])]

@@ -19,6 +19,7 @@ from merging.setting import did_you_mean, quoted
 Row = dict[str, Any]
 
 FORMATS = (".jsonl", ".csv", ".tsv", ".parquet")
+KNOWN = f"{quoted(FORMATS)}, the first three also with .gz"
 _CELL = 1 << 24  # characters; csv's own limit would refuse a long document
 
 
@@ -91,13 +92,9 @@ def raw_rows(file: Path) -> Iterator[tuple[int, Row]]:
     Raises:
         TableError: missing, unreadable, damaged, of no known format.
     """
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    packed = suffixes[-1:] == [".gz"]
-    kind = suffixes[-2 if packed else -1 :][:1]
-    reader = _READERS.get(kind[0]) if kind else None
-    if reader is None or (packed and kind == [".parquet"]):
-        mend = f"known: {quoted(FORMATS)}, the first three also with .gz"
-        raise TableError("is of no known format", where=str(file), mend=mend)
+    reader = _reader(file)
+    if reader is None:
+        raise TableError("is of no known format", where=str(file), mend=f"known: {KNOWN}")
     try:
         yield from reader(file)
     except FileNotFoundError:
@@ -105,6 +102,18 @@ def raw_rows(file: Path) -> Iterator[tuple[int, Row]]:
     except (OSError, EOFError, zlib.error) as error:  # gzip's BadGzipFile is an OSError
         reason = getattr(error, "strerror", None) or str(error) or "is cut off"
         raise TableError(f"cannot be read: {reason}", where=str(file)) from None
+
+
+def is_known(file: Path) -> bool:
+    """Whether `raw_rows` reads files of such a name."""
+    return _reader(file) is not None
+
+
+def _reader(file: Path) -> Callable[[Path], Iterator[tuple[int, Row]]] | None:
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    packed = suffixes[-1:] == [".gz"]
+    kind = suffixes[-2 if packed else -1 :][:1]
+    return None if not kind or (packed and kind == [".parquet"]) else _READERS.get(kind[0])
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

@@ -100,14 +100,19 @@ def work(
     """Descends until the study ends; see `search.study.work`.
 
     Raises:
-        CuveeError: a weight of a task that the objective does not have, a gradient that is not finite.
+        CuveeError: a weight of a task that the objective does not have, a gradient that is not finite; the state of a
+            descent that has begun is not there.
     """
     space, every = study.settings.space, int(config.tuning["every"])
-    slopes = Slopes(config, candidates, space)
-    low, high = (np.array([getattr(d, end) for d in space.dimensions], np.float64) for end in ("low", "high"))
     file, waiting = study.folder / STATE, list(orphans)
     begun = np.array([study.settings.design[0][d.name] for d in space.dimensions], np.float64)
-    descent = Descent.load(file, len(begun)) or Descent.begin(begun)
+    descent = Descent.load(file, len(begun))
+    if descent is None and (waiting or study.trials()):  # it is saved before the first trial
+        what = f"is missing, without which the descent of {len(study.trials())} trials cannot go on"
+        raise CuveeError(what, where=str(file), mend="put it back, or add --force to begin anew")
+    descent = descent or Descent.begin(begun)
+    slopes = Slopes(config, candidates, space)
+    low, high = (np.array([getattr(d, end) for d in space.dimensions], np.float64) for end in ("low", "high"))
     since = saved = time.perf_counter()
     while True:
         if descent.steps % every == 0:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from merging import engine
 from search.config import SearchConfig
 from search.objective import Candidate, Scores
-from search.recipes import MODEL, recipe_of, retaken, tensor_names, with_statistics
+from search.recipes import MODEL, look_of, recipe_of, retaken, tensor_names, with_statistics
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ class Candidates:
         self._scratch, self._device, self._threads = scratch, device, threads
         self._names = tensor_names(config)
         self.objective = config.make_objective()
-        self.module = self.objective.prepare(config.base_model or config.models[0].model, device)
+        self.module = self.objective.prepare(look_of(config), device)
         self.live = None if self.module is None else self._held(self.module)
 
     def __call__(self, coefficients: Mapping[str, Any]) -> Scores:
@@ -77,7 +77,7 @@ class Candidates:
         from merging.live_df import LiveDF
 
         config = self._config
-        base, models = config.base_model or config.models[0].model, [source.model for source in config.models]
+        base, models = look_of(config), [source.model for source in config.models]
         options: dict[str, Any] = {"device": self._device, "seed": config.seed, "threads": self._threads}
         stats = [source.stats for source in config.models if source.stats is not None]
         if retaken(config) and all(each.path is None for each in stats):

@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -52,6 +53,8 @@ class Engine:
         settings: that it takes, by name.
         per: how weights vary where nothing is said, see `search.space.PER`; "": as the method says.
         proposes: False: it goes its own way from point to point (`search.run` knows which).
+        starts: False: it takes no points to start with.
+        modules: that it imports and an installation may lack; `extra` brings them.
     """
 
     name: str
@@ -64,19 +67,24 @@ class Engine:
     settings: Mapping[str, Knob] = field(default_factory=dict)
     per: str = ""
     proposes: bool = True
+    starts: bool = True
+    modules: tuple[str, ...] = ()
+    extra: str = ""
 
 
 ENGINES: dict[str, Engine] = {}
 _GROUP = "cuvee.engines"
 
 
-def engine(
-    name: str, title: str, *, objectives: int = 3, categorical: bool = True, startup: int = STARTUP
-) -> Callable[[Make], Make]:
-    """Registers `make(space, seed)`; installed packages do so by an entry point `cuvee.engines`."""
+def engine(name: str, title: str, **more: Any) -> Callable[[Make], Make]:
+    """Registers `make(space, seed)`; installed packages do so by an entry point `cuvee.engines`.
+
+    Args:
+        more: attributes of `Engine`.
+    """
 
     def register(make: Make) -> Make:
-        ENGINES[name] = Engine(name, title, make, objectives, categorical, startup)
+        ENGINES[name] = Engine(name, title, make, **more)
         return make
 
     return register
@@ -95,9 +103,12 @@ def refuse_unfit(name: str, objectives: int, where: str = "") -> Engine:
     """The engine of that name.
 
     Raises:
-        CuveeError: no such engine, or it takes fewer objectives.
+        CuveeError: no such engine, it takes fewer objectives, or it is not installed.
     """
     found = get(name, where)
+    if any(find_spec(module) is None for module in found.modules):
+        mend = f"pip install 'cuvee[{found.extra}]'"
+        raise CuveeError(f"the engine '{name}' is not installed", where=where, mend=mend)
     if objectives > found.objectives:
         mend = "choose gp, tpe, qmc or random, or aggregate the tasks"
         raise CuveeError(f"'{name}' searches for one objective, not {objectives}", where=where, mend=mend)
@@ -248,12 +259,15 @@ def _random(space: Space, seed: int) -> BaseSampler:
     return RandomSampler(seed=seed)
 
 
-@engine("botorch", "Gaussian process with noisy expected improvement (BoTorch; extra 'botorch')")
+@engine(
+    "botorch",
+    "Gaussian process with noisy expected improvement (BoTorch; extra 'botorch')",
+    modules=("optuna_integration", "botorch"),
+    extra="botorch",
+)
 def _botorch(space: Space, seed: int) -> BaseSampler:
-    try:
-        from optuna_integration import BoTorchSampler
-    except ImportError:
-        raise CuveeError("the engine 'botorch' is not installed", mend="pip install 'cuvee[botorch]'") from None
+    from optuna_integration import BoTorchSampler
+
     sampler: BaseSampler = BoTorchSampler(seed=seed, n_startup_trials=1)
     return sampler
 
@@ -278,4 +292,5 @@ ENGINES["lm_cocktail"] = Engine(
     None,
     settings={"temperature": Knob(TEMPERATURE, above=0)},
     proposes=False,
+    starts=False,
 )

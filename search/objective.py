@@ -60,6 +60,16 @@ class Objective(Protocol):
     def data(self) -> Mapping[str, str]:
         """By name the digest of what scores follow from besides the model; a study goes on only with the same."""
 
+    def check(self, model: ModelRef) -> None:
+        """Reads what there is to read but the model's weights, so that a mistake is told before the first trial.
+
+        Args:
+            model: as of `prepare`.
+
+        Raises:
+            CuveeError: what `prepare` would raise, as far as it shows without the model.
+        """
+
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module | None:
         """Loads what all trials share; called once, before the first.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from merging import engine, lineage, recipe_statistics
 from merging.errors import CuveeError
 from merging.live_recipe import filters_of
 from merging.recipe import Recipe
-from merging.sources import StatsRef
+from merging.sources import ModelRef, StatsRef
 from merging.statistics import fingerprint
 from merging.views import View
 from search import engines
@@ -37,11 +38,16 @@ def tensor_names(config: SearchConfig) -> list[str]:
     """Of the base, or of the first model where there is none; () where no parameter differs by layer or module."""
     if not any(vary.per in GROUPINGS for vary in config.vary.values()):
         return []
-    view = View.open(config.base_model or config.models[0].model, None)
+    view = View.open(look_of(config), None)
     try:
         return list(view.tensors)
     finally:
         view.checkpoint.close()
+
+
+def look_of(config: SearchConfig) -> ModelRef:
+    """What all candidates look like: the base, or the first model where there is none."""
+    return config.base_model or config.models[0].model
 
 
 def content_of(config: SearchConfig) -> dict[str, list[str]]:
@@ -174,7 +180,11 @@ def check(config: SearchConfig, space: Space, out: Path, note: Callable[[str], N
         key = error.where.removeprefix(f"{config.where}.")
         if key == error.where:
             raise
+        entry = re.match(r"models\[(\d+)\]", key)
         key = key.partition("[")[0].partition(".")[0]
         key = {"merge_method": "method", "parameters": "vary"}.get(key, key)
+        if key == "method" and key not in config.lines:  # the usual one of the engine
+            key = next(each for each in ("engine", "models") if each in config.lines)
         mend = error.mend.replace("recipe", "configuration")
-        raise CuveeError(error.what, where=config.at(key), mend=mend) from None
+        where = config.at(key) if entry is None else config.models[int(entry[1])].where
+        raise CuveeError(error.what, where=where, mend=mend) from None

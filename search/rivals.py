@@ -68,12 +68,15 @@ def begin_cocktail(config: SearchConfig, space: Space) -> list[dict[str, Any]]:
     """Nothing: its one point is found by its work.
 
     Raises:
-        CuveeError: a space without a weight of each model, or more than one trial.
+        CuveeError: a space without a weight of each model, more than one trial, or points to start with.
     """
     where = config.at("vary") if "vary" in config.lines else config.at("method")
     alone(space, where)
     if config.trials not in (None, 1):
         raise CuveeError("LM-Cocktail is one trial", where=config.at("trials"), mend="leave 'trials' out")
+    if "start" in config.lines:
+        what = "LM-Cocktail has no start: its one point follows from what each model scores"
+        raise CuveeError(what, where=config.at("start"), mend="leave 'start' out")
     return []
 
 

@@ -31,7 +31,7 @@ from search.candidates import Candidates
 from search.choose import Trial
 from search.config import SearchConfig
 from search.design import TRIALS, design
-from search.recipes import MODEL, check, content_of, recipe_of, space_of, tensor_names, with_statistics
+from search.recipes import MODEL, check, content_of, look_of, recipe_of, space_of, tensor_names, with_statistics
 from search.space import Space
 from search.study import JOURNAL, SQLITE, Settings, Study, forget, open_study, work
 from search.workers import search_side_by_side
@@ -72,6 +72,7 @@ def search_run(
     settings = _settings(config, space, workers)
     check_claim(run)
     check(config, space, run / MODEL, note)
+    config.make_objective().check(look_of(config))
     settings = replace(settings, identity={**settings.identity, **content_of(config)})
     summary = {
         **{"command": "search", "out": str(run), "method": config.method.name, "engine": config.engine},

@@ -264,8 +264,17 @@ def _refuse_another(old: Any, new: Mapping[str, Any], folder: Path) -> None:
     old = old if isinstance(old, dict) else {}
     differ = [key for key in new if old.get(key) != new[key]]
     if differ:
+        told = [f"{key}{_parts(old.get(key), new[key])}" for key in differ]
         mend = "choose another folder, or add --force to begin anew"
-        raise CuveeError(f"holds a study of another {' and '.join(differ)}", where=str(folder), mend=mend)
+        raise CuveeError(f"holds a study of another {' and '.join(told)}", where=str(folder), mend=mend)
+
+
+def _parts(old: Any, new: Any) -> str:
+    """Which parts of a mapping differ."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return ""
+    names = [str(name) for name in {**old, **new} if old.get(name) != new.get(name)]
+    return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
 
 
 def _name(storage: str, folder: Path) -> str:

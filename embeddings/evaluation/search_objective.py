@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from embeddings.evaluation import suite, tasks
 from embeddings.evaluation.suite_settings import refuse_unfit, suite_folder, suite_tasks
 from embeddings.evaluation.tasks import Target
+from merging.checkpoint import Checkpoint
 from merging.errors import CuveeError
 from merging.fields import choice, number, texts
+from merging.loading import refuse_other_kinds
 from merging.node import Node
 from merging.setting import refuse_unknown_keys
 from merging.sources import ModelRef
@@ -42,6 +44,21 @@ class SuiteObjective:
     def data(self) -> Mapping[str, str]:
         """Of the tasks, as `cuvee evaluate` tells them."""
         return {target.name: str(target.dataset["revision"]) for target in self.targets}
+
+    def check(self, model: ModelRef) -> None:
+        """Reads the data of the suite's tasks; mteb's may have to be fetched, which is left to the search itself.
+
+        Raises:
+            CuveeError: a file that is wrong, no embedding model, or mteb is missing.
+        """
+        _refuse_without_mteb(self.where)
+        from embeddings.evaluation.scoring import MTEB_SEED, kept
+
+        with Checkpoint.open(model) as checkpoint:
+            refuse_other_kinds(checkpoint)
+        for target in self.targets:
+            if hasattr(target.fresh(MTEB_SEED), "suite_task"):
+                kept(target)
 
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module | None:
         """Opens the model, and reads the tasks' data.

@@ -23,6 +23,7 @@ from merging.setting import refuse_unknown_keys
 
 if TYPE_CHECKING:
     from search.config import SearchConfig
+    from search.engines import Engine
 
 SIZE, EQUAL, SEARCH = "size", "equal", "search"
 #: By default.
@@ -35,7 +36,7 @@ class SearchSettings:
     """A search of merge weights.
 
     Attributes:
-        said: as in the YAML of `cuvee search`, with an objective and trials always.
+        said: as in the YAML of `cuvee search`, with an objective always, and trials unless the engine has its own.
         near: the folder near which files are looked for.
         lines: by key, where the configuration says it.
     """
@@ -66,7 +67,7 @@ class SearchSettings:
             **({"base_model": base} if base else {}),
             **{"models": list(models), "method": method, "dtype": "float32", "seed": seed},
             **({"vary": vary} if vary else {}),
-            **({"start": _start(method, vary, shares)} if "start" not in said else {}),
+            **({"start": _start(method, vary, shares)} if "start" not in said and _engine(said).starts else {}),
             **said,
         }
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
@@ -154,8 +155,18 @@ def weights(
             raise CuveeError("a search of weights needs data to score on", where=item.where, mend=mend)
         plain["objective"] = dict(usual)
     lines = {name: node.where for name, node in said.items()}
-    settings = SearchSettings({"trials": TRIALS, **plain}, str(near.absolute()), item.where, lines)
-    return SEARCH, settings
+    if _engine(plain).proposes:  # those that go their own way have numbers of their own
+        plain = {"trials": TRIALS, **plain}
+    return SEARCH, SearchSettings(plain, str(near.absolute()), item.where, lines)
+
+
+def _engine(said: Mapping[str, Any]) -> Engine:
+    """That which is said, if there is one of that name, else the usual one."""
+    from search import engines
+
+    name = said.get("engine")
+    name = next(iter(name), None) if isinstance(name, Mapping) else name
+    return engines.ENGINES.get(str(name)) or engines.get("gp")
 
 
 def _start(method: str, vary: Mapping[str, Any], shares: Sequence[float]) -> list[Any]:

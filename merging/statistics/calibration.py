@@ -18,7 +18,7 @@ from merging.columns import ALIASES, keys_of
 from merging.lineage import file_digest
 from merging.setting import did_you_mean, quoted
 from merging.statistics.folder import StatsError
-from merging.tables import FORMATS, raw_rows
+from merging.tables import FORMATS, is_known, raw_rows
 
 #: Columns that `columns` may rename.
 COLUMNS = ("query", "positive", "negative", "text", "label", "image")
@@ -126,6 +126,11 @@ def draw(
     if complete:
         drawn = [_completed(each, rows, candidates, seed) for each in drawn]
     return Calibration(tuple(drawn), len(rows), tuple(data))
+
+
+def is_text(file: Path) -> bool:
+    """Whether `draw` reads files of such a name."""
+    return file.suffix.lower() == ".txt" or is_known(file)
 
 
 def only(raw: Mapping[str, Any], readable: Callable[[str], bool]) -> dict[str, Any]:

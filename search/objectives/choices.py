@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from merging.errors import CuveeError
 from merging.statistics.job import micro_batches
 from merging.statistics.network import Network
 from merging.statistics.tokens import Tokens
@@ -69,27 +68,11 @@ class Classes(Choices):
     Args:
         head: "classification", whose softmax it is; or "coral" (arXiv 1901.07884) or "corn" (arXiv 2111.08851), whose
             K - 1 outputs say how probable it is that a rank is exceeded, the latter if those below are.
-        names: of the choices; () for the model's own.
-
-    Raises:
-        CuveeError: not as many names as choices; a model that gives several labels at once.
+        names: of the choices.
     """
 
-    def __init__(self, network: Network, inputs: Sequence[Input], head: str, names: Sequence[str], where: str) -> None:
-        config, self.head = network.config, head
-        several = getattr(config, "problem_type", None) == "multi_label_classification"
-        if several and head not in (CORAL, CORN):
-            mend = "an ordinal head is said by 'head: coral' or 'head: corn'"
-            raise CuveeError("the model gives several labels at once, not one of them", where=where, mend=mend)
-        outputs = int(config.num_labels) + (head in (CORAL, CORN))
-        own = {int(place): str(name) for place, name in (getattr(config, "id2label", None) or {}).items()}
-        if head in (CORAL, CORN):
-            own = {place: str(place) for place in range(outputs)}
-        if names and len(names) != outputs:
-            raise CuveeError(f"{len(names)} scores, and the model has {outputs} choices", where=where)
-        if outputs < 2:
-            raise CuveeError("the model gives a number, not a choice", where=where, mend="see 'head'")
-        self.names = tuple(names or (own[place] for place in range(outputs)))
+    def __init__(self, network: Network, inputs: Sequence[Input], head: str, names: Sequence[str]) -> None:
+        self.names, self.head = tuple(names), head
         self._network, self._tokens = network, _read(network, inputs)
 
     def __len__(self) -> int:

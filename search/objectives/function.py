@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merging.errors import CuveeError
 from merging.fields import choice, text
+from merging.lineage import file_digest
 from merging.node import Node
 from merging.setting import refuse_unknown_keys
 from merging.sources import ModelRef
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 FOLDER, MODEL = "folder", "model"
+#: By module, the file that it came from and its digest.
+_IMPORTED: dict[str, tuple[Path, str]] = {}
 
 
 class Function:
@@ -35,8 +39,17 @@ class Function:
         self._model: tuple[Any, ...] = ()
 
     def data(self) -> Mapping[str, str]:
-        """Nothing is known of it."""
-        return {}
+        """Of the module's own file; what it imports is not looked at."""
+        file = self._file()
+        return {} if file is None else {self.name.partition(":")[0]: file_digest(file)}
+
+    def check(self, model: ModelRef) -> None:
+        """Imports the module.
+
+        Raises:
+            CuveeError: it cannot be imported, or has no such function.
+        """
+        self._found()
 
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module | None:
         """Imports the module, and opens the model if the function takes one.
@@ -44,20 +57,7 @@ class Function:
         Raises:
             CuveeError: it cannot be imported, or has no such function; a model that cannot be opened.
         """
-        module, _, name = self.name.partition(":")
-        near = str(self.near.absolute())
-        if near not in sys.path:
-            sys.path.insert(0, near)
-        try:
-            found = importlib.import_module(module)
-        except Exception as error:
-            what = f"'{module}' cannot be imported: {type(error).__name__}: {error}"
-            raise CuveeError(what, where=self.where, mend=f"put {module}.py beside the YAML, or install it") from error
-        for part in name.split("."):
-            found = getattr(found, part, None)  # type: ignore[assignment]
-        if not callable(found):
-            raise CuveeError(f"'{module}' has no function '{name}'", where=self.where)
-        self._function = found
+        self._function = self._found()
         if self.takes == FOLDER:
             return None
         from merging.statistics.network import open_network
@@ -68,6 +68,36 @@ class Function:
 
     def __call__(self, candidate: Candidate, /) -> Scores:
         return scores_of(self._function(*(self._model or (candidate.folder,))), self.name)
+
+    def _found(self) -> Callable[..., Any]:
+        module, _, name = self.name.partition(":")
+        near, file = str(self.near.absolute()), self._file()
+        sys.path[:] = [near, *(place for place in sys.path if place != near)]
+        now = None if file is None else (file, file_digest(file))
+        if now and module in sys.modules and _IMPORTED.get(module, now) != now:
+            del sys.modules[module]  # another search's, or an earlier text of it: what is scored is what `data` says
+        try:
+            found = importlib.import_module(module)
+        except Exception as error:
+            what = f"'{module}' cannot be imported: {type(error).__name__}: {error}"
+            raise CuveeError(what, where=self.where, mend=f"put {module}.py beside the YAML, or install it") from error
+        if now:
+            _IMPORTED[module] = now
+        for part in name.split("."):
+            found = getattr(found, part, None)  # type: ignore[assignment]
+        if not callable(found):
+            raise CuveeError(f"'{module}' has no function '{name}'", where=self.where)
+        return found
+
+    def _file(self) -> Path | None:
+        """The module's, found without running anything of it; None where it has none, or is not there."""
+        places: Sequence[str] | None = [str(self.near.absolute()), *sys.path]
+        parts, spec = self.name.partition(":")[0].split("."), None
+        for count in range(1, len(parts) + 1):
+            spec = None if places is None else PathFinder.find_spec(".".join(parts[:count]), places)
+            places = None if spec is None else spec.submodule_search_locations
+        file = None if spec is None or spec.origin is None else Path(spec.origin)
+        return file if file is not None and file.is_file() else None
 
 
 def scores_of(result: Any, name: str) -> Scores:

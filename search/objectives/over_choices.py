@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merging.errors import CuveeError
+from merging.checkpoint import Checkpoint
 from merging.sources import ModelRef
-from merging.statistics.calibration import draw
-from merging.statistics.network import Network, open_network
+from merging.statistics.network import Network, head_of, open_network
 from search.objective import Candidate, Scores
 from search.objectives.choices import LEAST, Candidates, Choices, Classes, Prototypes
-from search.objectives.inputs import Input, label_of, labelled, places, unlabelled
+from search.objectives.questions import Question, read_question
 from search.objectives.score_tokens import DEFAULT_LENGTH, ScoreTokens
 from search.objectives.tasks import CORAL, CORN, Opening, Task, digests
 
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VALID = "valid"
-_ALL = 1 << 62
 
 
 class OverChoices(ABC):
@@ -44,17 +41,30 @@ class OverChoices(ABC):
         """Of the tasks' files."""
         return digests(self._tasks)
 
+    def check(self, model: ModelRef) -> None:
+        """Reads the inputs of every task, and the model's configuration.
+
+        Raises:
+            CuveeError: data that cannot be read, or do not go with what the model may choose.
+        """
+        from transformers import PretrainedConfig
+
+        with Checkpoint.open(model) as checkpoint:
+            head = self._head()
+            head = head_of(checkpoint) if head == "auto" else head
+            config = PretrainedConfig.from_dict(dict(checkpoint.config))
+        head = self.opening.head if self.opening.head in (CORAL, CORN) else head
+        for task in self._tasks:
+            question = read_question(task, head, config, with_answers=self._with_answers)
+            self.read(task, question.names, question.counts)
+
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module:
         """Opens the model, and reads the inputs of every task.
 
         Raises:
             CuveeError: a model or data that cannot be read.
         """
-        opening, head = self.opening, self.opening.head
-        if head in (CORAL, CORN):
-            head = "classification"
-        elif head == "auto" and any(task.prototypes is not None for task in self._tasks):
-            head = "embedding"
+        opening, head = self.opening, self._head()
         length = opening.max_length or (DEFAULT_LENGTH if any(task.scores for task in self._tasks) else None)
         network = open_network(model, head=head, device=device, dtype=opening.dtype, max_length=length)
         self.tasks = {
@@ -62,11 +72,24 @@ class OverChoices(ABC):
             for task in self._tasks
         }
         for task in self._tasks:
-            self.read(task, self.tasks[task.name or self.name])
+            choices = self.tasks[task.name or self.name]
+            self.read(task, choices.names, choices.counts)
         return network.module
 
-    def read(self, task: Task, choices: Choices) -> None:  # noqa: B027  (most have nothing to add)
+    def _head(self) -> str:
+        """What the model is opened with."""
+        if self.opening.head in (CORAL, CORN):
+            return "classification"
+        prototypes = any(task.prototypes is not None for task in self._tasks)
+        return "embedding" if prototypes and self.opening.head == "auto" else self.opening.head
+
+    def read(  # noqa: B027  (most have nothing to add)
+        self, task: Task, names: Sequence[str], counts: Sequence[int]
+    ) -> None:
         """Takes note of what a task says besides, now that its choices are known.
+
+        Args:
+            names, counts: as `Choices` has them.
 
         Raises:
             CuveeError: it does not go with the choices.
@@ -120,48 +143,17 @@ def choices_of(task: Task, network: Network, opening: Opening, *, with_answers: 
         CuveeError: data that cannot be read; a model that has no choices, or others.
     """
     head = opening.head if opening.head in (CORAL, CORN) else network.head
-    ranking = head == "embedding" and task.prototypes is None
-    if head == "lm" and not task.scores:
-        mend = "write 'scores: [1, 2, 3]' and 'template'"
-        raise CuveeError("a language model needs the scores that it may answer", where=task.where, mend=mend)
-    if head == "regression":
-        mend = "an ordinal head is said by 'head: coral' or 'head: corn'"
-        raise CuveeError("the model gives a number, not a choice", where=task.where, mend=mend)
-    answers: Sequence[str] = ()
-    if with_answers:
-        inputs, answers = labelled(task, ranking=ranking)
-    else:
-        inputs = unlabelled(task, ranking=ranking)
-    found = _choices(task, network, head, inputs)
-    if with_answers:
-        file = str(task.files[0])
-        found.answers = (0,) * len(inputs) if ranking else tuple(places(answers, found.names, file))
+    question = read_question(task, head, network.config, with_answers=with_answers)
+    found = _choices(task, network, question)
+    found.answers = question.answers
     return found
 
 
-def _choices(task: Task, network: Network, head: str, inputs: Sequence[Input]) -> Choices:
-    if head == "lm":
-        return ScoreTokens(network, inputs, task.scores, task.template, task.where)
-    if head != "embedding":
-        return Classes(network, inputs, head, task.scores, task.where)
-    if task.prototypes is None:
-        return Candidates(network, inputs, task.temperature)
-    return Prototypes(network, inputs, prototypes_of(task), task.temperature)
-
-
-def prototypes_of(task: Task) -> Mapping[str, tuple[str, ...]]:
-    """Texts by the name of a choice: as the YAML says them, or from a file: a text each line, or a table with labels.
-
-    Raises:
-        CuveeError: fewer than two.
-    """
-    if not isinstance(task.prototypes, Path):
-        assert task.prototypes is not None
-        return task.prototypes
-    found: dict[str, tuple[str, ...]] = {}
-    for each in draw([task.prototypes], _ALL).examples:
-        name = each.query if each.label is None else label_of(each)
-        found[name] = (*found.get(name, ()), each.query)
-    if len(found) < 2:
-        raise CuveeError("holds fewer than two prototypes", where=str(task.prototypes))
-    return found
+def _choices(task: Task, network: Network, question: Question) -> Choices:
+    if question.head == "lm":
+        return ScoreTokens(network, question.inputs, question.names, task.template, task.where)
+    if question.head != "embedding":
+        return Classes(network, question.inputs, question.head, question.names)
+    if question.prototypes is None:
+        return Candidates(network, question.inputs, task.temperature)
+    return Prototypes(network, question.inputs, question.prototypes, task.temperature)

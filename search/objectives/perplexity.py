@@ -40,6 +40,15 @@ class Perplexity:
         """Of the tasks' files."""
         return digests(self._tasks)
 
+    def check(self, model: ModelRef) -> None:
+        """Reads the texts.
+
+        Raises:
+            CuveeError: data that cannot be read.
+        """
+        for task in self._tasks:
+            unlabelled(task)
+
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module:
         """Opens the language model and reads the texts.
 

@@ -16,7 +16,6 @@ from merging.errors import CuveeError
 from merging.node import Node
 from merging.statistics.score_prior import open_score_prior
 from search.objective import objective
-from search.objectives.choices import Choices
 from search.objectives.over_choices import Smooth
 from search.objectives.prior import Prior, prior_of
 from search.objectives.tasks import Opening, Task, tasks_of
@@ -43,15 +42,15 @@ class Pim(Smooth):
         folders = (folder for prior in self._said.values() for folder in prior.folders)
         return {**super().data(), **{str(each.absolute()): str(open_score_prior(each)) for each in folders}}
 
-    def read(self, task: Task, choices: Choices) -> None:
+    def read(self, task: Task, names: Sequence[str], counts: Sequence[int]) -> None:
         import torch
 
-        if len(set(choices.counts)) > 1:
-            few, many = min(choices.counts), max(choices.counts)
+        if len(set(counts)) > 1:
+            few, many = min(counts), max(counts)
             what = f"queries have {few} to {many} candidates, and a prior is of one number of choices"
             raise CuveeError(what, where=task.where, mend=f"say 'candidates: {few}'")
-        count = len(choices.names) or choices.counts[0]
-        self._priors[task.name or self.name] = torch.from_numpy(self._said[task.name].over(choices.names, count))
+        prior = self._said[task.name].over(names, len(names) or counts[0])
+        self._priors[task.name or self.name] = torch.from_numpy(prior)
 
     def value(self, task: str, log_p: Tensor, items: Sequence[int]) -> Tensor:
         return information(log_p.exp(), self._priors[task].to(log_p))

@@ -18,8 +18,9 @@ from merging.fields import choice, given, located, looked_for, mapping, number, 
 from merging.lineage import file_digest
 from merging.node import Node
 from merging.setting import did_you_mean, quoted, refuse_unknown_keys
-from merging.statistics.calibration import COLUMNS
+from merging.statistics.calibration import COLUMNS, is_text
 from merging.statistics.network import DTYPES
+from merging.tables import KNOWN
 
 TEXT = "{text}"
 #: Of a model with a head of classes: what its outputs are.
@@ -163,6 +164,8 @@ def _file(name: str, where: str, near: Path) -> Path:
     found = located(name, near, Path.is_file)
     if found is None:
         raise CuveeError(f"no such file '{name}'", where=where, mend=looked_for(near))
+    if not is_text(Path(found)):
+        raise CuveeError(f"'{name}' is of no known format", where=where, mend=f"known: '.txt', {KNOWN}")
     return Path(found)
 
 

@@ -45,6 +45,9 @@ class Near:
     def data(self) -> dict[str, str]:
         return {}
 
+    def check(self, model: ModelRef) -> None:
+        pass
+
     def prepare(self, model: ModelRef, device: str) -> Any:
         load = self.family.architecture.model_class().from_pretrained
         self.module = load(model.path)
@@ -263,6 +266,19 @@ def test_a_killed_search_goes_on_to_the_same(
     search_run(config, tmp_path / "out")
     assert rows(tmp_path / "out") == rows(whole)
     assert (tmp_path / "out/best.yml").read_text() == (whole / "best.yml").read_text()
+
+
+def test_a_descent_whose_state_is_lost_is_not_begun_anew_in_the_same_study(
+    family: Family, register: Callable[[Any], None], tmp_path: Path
+) -> None:
+    register(Near(family))
+    search_run(parsed(family, QUICK, "trials: 2\n"), tmp_path / "out")
+    (tmp_path / "out" / adamerging.STATE).unlink()
+    with pytest.raises(CuveeError, match=r"adamerging.json: is missing.* of 2 trials cannot go on; .*--force"):
+        search_run(parsed(family, QUICK, "trials: 4\n"), tmp_path / "out")
+    assert len(rows(tmp_path / "out")) == 2
+    search_run(parsed(family, QUICK, "trials: 3\n"), tmp_path / "out", force=True)
+    assert len(rows(tmp_path / "out")) == 3
 
 
 def test_more_trials_go_on_from_the_last(

@@ -185,6 +185,7 @@ def test_a_search_of_one_trial(place: Path) -> None:
     ("more", "engine", "told"),
     [
         ("trials: 9", "lm_cocktail", "search.yml:5: LM-Cocktail is one trial"),
+        ("start: [uniform]", "lm_cocktail", "search.yml:5: LM-Cocktail has no start"),
         ("vary: {weight: {low: 0, high: 0.5}}", "lm_cocktail", "search.yml:5: LM-Cocktail needs weights from 0 to 1"),
         ("", "{lm_cocktail: {temperture: 1}}", "search.yml:4: 'temperture' is no key of the engine 'lm_cocktail'"),
         ("", "{lm_cocktail: {temperature: 0}}", "search.yml:4: 'temperature' is 0"),

@@ -13,7 +13,11 @@ import yaml
 
 from merging import engine
 from merging.methods import registry
+from merging.node import Node
+from merging.sources import ModelRef
+from search import objective
 from search.choose import Trial, posterior_means
+from search.objective import Candidate
 from search.space import make_space
 from tests.checkpoints import floats, read_model, tiny, write_model
 from tests.commands import run, start
@@ -101,9 +105,28 @@ def test_the_answer_by_the_posterior_mean_is_a_point_that_was_tried(place: Path)
 def test_a_search_that_is_done_is_not_done_again(place: Path) -> None:
     file, out = write(place, engine="random", trials=3), place / "out"
     first = run("search", file, out, "--json").json
-    (place / "score.py").write_text("def near(folder): raise SystemExit(9)\n")
+    (place / "wanted" / "model.safetensors").unlink()  # no trial would succeed
     again = run("search", file, out, "--json")
     assert again.code == 0 and again.json["best"] == first["best"]
+
+
+def test_scores_of_another_text_of_the_function_are_not_mixed_in(place: Path) -> None:
+    file, out = write(place, engine="random", trials=3), place / "out"
+    assert run("search", file, out).code == 0
+    (place / "score.py").write_text(SCORE.replace("-off.pop", "2 * -off.pop"))
+    done = run("search", file, out, "--until", "trials=5")
+    assert done.code == 2 and "holds a study of another data (score); choose another folder" in done.err
+    assert run("search", file, out, "--until", "trials=5", "--force").code == 0
+
+
+def test_in_one_process_each_search_has_the_function_beside_it(place: Path, tmp_path_factory: Any) -> None:
+    """A module of the same name in another folder, or changed since, is not the one that was imported first."""
+    near = Node.of({"function": "score:one"}, "search.yml:1")
+    for number, folder in enumerate([place, tmp_path_factory.mktemp("other"), place]):
+        (folder / "score.py").write_text(f"def one(folder):\n    return {number}\n")
+        made = objective.get("function").make(near, folder)
+        assert made.prepare(ModelRef("a"), "cpu") is None
+        assert made(Candidate({}, folder)).total == number
 
 
 def test_a_search_of_a_model_that_was_trained_anew_is_another(place: Path) -> None:

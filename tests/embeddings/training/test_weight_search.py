@@ -122,6 +122,13 @@ def test_by_default_it_scores_on_what_is_evaluated_else_on_what_is_trained(confi
     }
 
 
+def test_an_engine_that_goes_its_own_way_has_its_own_number_of_trials_and_start(config: TrainingConfig) -> None:
+    found = said_otherwise(config, SEARCH, "weights: {search: {engine: lm_cocktail}}\n")
+    assert found.search is not None
+    said = yaml.safe_load(found.search.text("linear", {}, ["a", "b"], [0.5, 0.5], None, 0))
+    assert "trials" not in said and "start" not in said
+
+
 def test_configurations_of_before_are_the_same_runs(config: TrainingConfig) -> None:
     assert "search" not in replace(config, search=None, merge_weights="size").plain()
     assert said_otherwise(config, SEARCH, "merge_weights: equal\n") == said_otherwise(
@@ -147,8 +154,8 @@ def test_configurations_of_before_are_the_same_runs(config: TrainingConfig) -> N
             r"config.yml:9: the objective 'suite' has no gradient",
         ),
         (
-            "weights:\n  search:\n    engine: lm_cocktail\n    objective: suite",
-            r"config.yml:5: LM-Cocktail is one trial",
+            "weights:\n  search:\n    engine: lm_cocktail\n    objective: suite\n    trials: 9",
+            r"config.yml:9: LM-Cocktail is one trial",
         ),
         ("weights:\n  search:\n    objective: {suite: nowhere}", r"config.yml:7: no such suite: nowhere"),
         ("weights:\n  search:\n    objective: suite\n    vary: {wait: 1}", r"config.yml:8: 'wait' is no parameter"),
