@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from embeddings.reconstruction import cli as reconstruction_cli
 from embeddings.training import cli as training_cli
 from merging.cli import DryRun, Json
 
@@ -18,6 +19,7 @@ def register(app: typer.Typer) -> None:
     app.command()(evaluate)
     app.command()(quickstart)
     training_cli.register(app)
+    reconstruction_cli.register(app)
 
 
 def evaluate(

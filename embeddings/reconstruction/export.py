@@ -1,0 +1,76 @@
+"""Export: a pre-trained language model as an embedding model, a folder that plain `SentenceTransformer(folder)` loads.
+
+It pools its last token, the EOS that its tokenizer appends to every text, to length one, and attends as it was trained to:
+`is_causal: false` in its config.json where that was to both sides. No code goes along; transformers heeds the setting from 5.2.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from embeddings.training import backbone
+from embeddings.training.config import ModelSettings
+from embeddings.training.data_settings import SIDES
+from merging import lineage
+from merging.output import staged
+
+
+def write_embedding_model(
+    language_model: Path,
+    out: Path,
+    settings: ModelSettings,
+    *,
+    bidirectional: bool,
+    max_length: Mapping[str, int],
+    content: Mapping[str, Any],
+    force: bool = False,
+) -> None:
+    """Writes the embedding model of a language model's folder.
+
+    Args:
+        settings: of the model that the pre-training began with.
+        max_length: tokens by side; the folder reads texts up to the longer of them.
+        content: of its cuvee.json.
+
+    Raises:
+        CuveeError: its architecture cannot look to both sides, or its tokenizer cannot append EOS.
+    """
+    plain = replace(
+        settings,
+        path=str(language_model),
+        revision=None,
+        pooling="lasttoken",
+        normalize=True,
+        bidirectional=bidirectional,
+        append_eos=True,
+        dtype="float32",
+        lora=None,
+        gradient_checkpointing=False,
+    )
+    opened = backbone.open_backbone(plain, max_length=max_length, device="cpu", where=settings.where or "model")
+    own = opened.transformer.max_seq_length
+    longest = max(max_length[side] for side in SIDES)
+    opened.transformer.max_seq_length = longest if own is None else min(own, longest)
+    with staged(out, force=force) as staging:
+        opened.save(staging)
+        lineage.write(staging, content)
+
+
+def linked_copy(folder: Path, out: Path, *, force: bool = False) -> None:
+    """A copy of a folder whose weights take no room where the disk can link files."""
+    with staged(out, force=force) as staging:
+        shutil.copytree(folder, staging, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> str:
+    if source.endswith(".safetensors"):  # all else people may edit by hand
+        with suppress(OSError):
+            os.link(source, target)
+            return target
+    return str(shutil.copy2(source, target))
