@@ -111,14 +111,14 @@ class Batch:
     def only(self, keep: torch.Tensor, pattern: str) -> Batch:
         """The batch without the tokens where `keep`, (rows, tokens), is false; padded on the right.
 
-        A prediction stays where both its place and the token behind it stay, and are neighbours still.
-
-        Raises:
-            AssertionError: the batch has images or other inputs, which are not cut.
+        A prediction stays where both its place and the token behind it stay, and are neighbours still. Images go where the
+        sources go: all of these stay, or none. Positions of three axes (see `images`) stay what they are.
         """
         import torch
 
-        assert self.images is None and not self.inputs
+        assert self.inputs.keys() <= {"position_ids"}
+        of_sources = keep[self.segments == SOURCE]
+        assert self.images is None or bool((of_sources == of_sources[:1]).all())
         keep = keep & (self.segments != PADDING)
         counts = keep.sum(1)
         width = max(1, int(counts.max()))
@@ -135,6 +135,8 @@ class Batch:
             labels=self.labels[stays],
             pattern=pattern,
             documents=None if self.documents is None else torch.where(real, self.documents.gather(1, order), -1),
+            images=self.images if bool(of_sources.all()) else None,
+            inputs={name: places.gather(2, order.expand(3, -1, -1)) for name, places in self.inputs.items()},
         )
 
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embeddings.reconstruction.batch import EOS, SOURCE, TARGET, Batch, Row, stack
+from embeddings.reconstruction.images import ImageBatch, Picture, pictures_of
 from embeddings.reconstruction.objective import (
     Example,
     Outcome,
@@ -20,6 +22,7 @@ from embeddings.reconstruction.objective import (
     masked_row,
     predicted_mean,
 )
+from embeddings.reconstruction.patches import patch_loss, with_masked_patches
 from embeddings.reconstruction.reader import Reader
 from merging.errors import CuveeError
 
@@ -35,7 +38,8 @@ BRIDGES = ("attention", "embedding")
 class WarmUp:
     """Stage 1: masked next-token prediction with the causal mask dropped; the state at i − 1 predicts a masked token i.
 
-    An example is one sequence: its source, its target behind it where it has one, EOS.
+    An example is one sequence: its image and source, its target behind them where it has one, EOS. Of the images a part is
+    masked too, see `patches`.
 
     Attributes:
         mask: share of the text's tokens that are masked, in (0, 1].
@@ -49,20 +53,29 @@ class WarmUp:
     name: str = "warm_up"
 
     def collate(self, examples: Sequence[Example], reader: Reader, draw: np.random.Generator) -> Batch:
-        rows = [self.row(example, reader, draw) for example in examples]
-        return stack(rows, "bidirectional", pad_id=reader.pad_id, pad_left=reader.pad_left, pack=reader.pack)
+        pictures = pictures_of(examples, reader)
+        rows = [self.row(*each, reader, draw) for each in zip(examples, pictures, strict=True)]
+        batch = stacked(rows, pictures, "bidirectional", reader)
+        return batch if reader.processor is None else with_masked_patches(batch, reader.processor, self.patches, draw)
 
-    def row(self, example: Example, reader: Reader, draw: np.random.Generator) -> Row:
+    def row(self, example: Example, picture: Picture | None, reader: Reader, draw: np.random.Generator) -> Row:
         target = [] if example.target is None else reader.cut(example.target, "target")
-        ids = np.array([*reader.cut(example.source), *target, reader.eos_id], np.int64)
+        before = image_ids(picture, reader)
+        ids = np.array([*before, *reader.cut(example.source), *target, reader.eos_id], np.int64)
         segments = np.full(len(ids), SOURCE, np.int64)
         segments[-1] = EOS
         free = segments == SOURCE
-        free[0] = False  # nothing is before it to predict it
+        free[: max(1, len(before))] = False  # nothing is before the first to predict it; and an image has no words
         return masked_row(ids, segments, drawn(self.mask, free, draw), reader.mask_id)
 
     def loss(self, model: Reconstructor, batch: Batch) -> Outcome:
-        return predicted_mean(model, model.hidden(batch), batch)
+        hidden = model.hidden(batch)
+        outcome = predicted_mean(model, hidden, batch)
+        if not isinstance(batch.images, ImageBatch) or batch.images.targets is None:
+            return outcome
+        painted = patch_loss(model.patch_head, hidden, batch.images)
+        numbers = {**outcome.numbers, "patch_loss": painted.detach()}
+        return Outcome(outcome.loss + self.patch_weight * painted, numbers, outcome.predictions)
 
 
 @dataclass(frozen=True)
@@ -90,12 +103,14 @@ class Bridge:
     name: str = "bridge"
 
     def collate(self, examples: Sequence[Example], reader: Reader, draw: np.random.Generator) -> Batch:
-        rows = [self.row(example, reader, draw) for example in examples]
-        return stack(rows, "collaborative", pad_id=reader.pad_id, pad_left=reader.pad_left, pack=reader.pack)
+        pictures = pictures_of(examples, reader)
+        rows = [self.row(*each, reader, draw) for each in zip(examples, pictures, strict=True)]
+        return stacked(rows, pictures, "collaborative", reader)
 
-    def row(self, example: Example, reader: Reader, draw: np.random.Generator) -> Row:
+    def row(self, example: Example, picture: Picture | None, reader: Reader, draw: np.random.Generator) -> Row:
         target = needed_target(example, reader)
-        ids, segments = bridged(reader.array(example.source), target, reader.eos_id)
+        source = np.concatenate([image_ids(picture, reader), reader.array(example.source)]).astype(np.int64)
+        ids, segments = bridged(source, target, reader.eos_id)
         masked = drawn(self.mask, segments == TARGET, draw)
         masked[-len(target)] = True
         return masked_row(ids, segments, masked, reader.mask_id)
@@ -104,6 +119,19 @@ class Bridge:
         if self.bridge == "embedding":
             return predicted_mean(model, *through_embedding(model, batch))
         return predicted_mean(model, model.hidden(batch, eos_sees_b=self.eos_sees_b), batch)
+
+
+def image_ids(picture: Picture | None, reader: Reader) -> NDArray[np.int64]:
+    """What stands for an image before a text; nothing for none."""
+    return np.empty(0, np.int64) if picture is None else reader.processor.ids(picture)
+
+
+def stacked(rows: Sequence[Row], pictures: Sequence[Picture | None], pattern: str, reader: Reader) -> Batch:
+    """Rows with their images as one batch; rows with images are not packed."""
+    there = [picture for picture in pictures if picture is not None]
+    pack = 0 if there else reader.pack
+    batch = stack(rows, pattern, pad_id=reader.pad_id, pad_left=reader.pad_left, pack=pack)
+    return reader.processor.attached(batch, there) if there else batch
 
 
 def needed_target(example: Example, reader: Reader) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

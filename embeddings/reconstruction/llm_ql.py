@@ -10,6 +10,7 @@ import numpy as np
 
 from embeddings.reconstruction.batch import NO_LABEL, TARGET, Batch, Row, stack
 from embeddings.reconstruction.cocoa import needed_target
+from embeddings.reconstruction.images import refuse_images
 from embeddings.reconstruction.objective import Example, Outcome, bridged, cross_entropy
 from embeddings.reconstruction.reader import Reader
 from merging.errors import CuveeError
@@ -38,6 +39,7 @@ class QueryLikelihood:
     name: str = "llm_ql"
 
     def collate(self, examples: Sequence[Example], reader: Reader, draw: np.random.Generator) -> Batch:
+        refuse_images(examples, "llm-ql")
         sources = self._sources(examples, reader, draw)
         rows = [self._row(example, source, reader) for example, source in zip(examples, sources, strict=True)]
         return stack(rows, "attention_stop", pad_id=reader.pad_id, pad_left=reader.pad_left, pack=reader.pack)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from embeddings.reconstruction import masks
 from embeddings.reconstruction.batch import EOS, SOURCE, Batch
+from embeddings.reconstruction.images import ImageReader, image_reader
+from embeddings.reconstruction.patches import head_of
 from embeddings.reconstruction.reader import Reader
 from embeddings.training import lora
 from merging.checkpoint import Checkpoint, read_json
@@ -67,7 +69,8 @@ class Reconstructor:
     Attributes:
         module: the transformers model; its mode (training or evaluation) decides about dropout.
         tokenizer: of its texts.
-        processor: of its images and texts; None for a model of texts.
+        processor: reads its images; None for a model of texts.
+        patch_head: paints masked patches in, see `patches`; trained with the model and saved in checkpoints alone.
         dtype: "float32", or "bfloat16" for the transformer's arithmetic.
         attention: of `ATTENTIONS`.
         eos_id: the token that everything goes through.
@@ -90,6 +93,7 @@ class Reconstructor:
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._windows = _windows(config, base)
         self.embedding_length = _embedding_length(module)
+        self.patch_head = None if processor is None else head_of(module.config).to(self.device)
         self._refuse_silent_errors()
 
     @property
@@ -166,11 +170,13 @@ class Reconstructor:
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Those that are trained."""
-        return (parameter for parameter in self.module.parameters() if parameter.requires_grad)
+        return (parameter for _, parameter in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Those that are trained, by the name that `state` gives them."""
-        return ((name, value) for name, value in self.module.named_parameters() if value.requires_grad)
+        yield from ((name, value) for name, value in self.module.named_parameters() if value.requires_grad)
+        if self.patch_head is not None:
+            yield from ((f"patch_head.{name}", value) for name, value in self.patch_head.named_parameters())
 
     def state(self) -> dict[str, torch.Tensor]:
         """The trained tensors by name, not copied: for a checkpoint to resume from."""
@@ -273,12 +279,13 @@ class Reconstructor:
         self.module.train(before)
 
 
-def _load(folder: Path, ref: str, attention: str, trusted: bool) -> tuple[Any, Any, Any]:
-    """Module, tokenizer and processor (None for texts alone)."""
+def _load(folder: Path, ref: str, attention: str, trusted: bool) -> tuple[Any, Any, ImageReader | None]:
+    """Module, tokenizer and reader of images (None for texts alone)."""
     import torch
     import transformers
 
-    vision = "vision_config" in read_json(folder / "config.json")
+    written = read_json(folder / "config.json")
+    vision = "vision_config" in written
     options = {"local_files_only": True, "trust_remote_code": trusted}
     loader: Any = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
     with only_our_words():
@@ -295,9 +302,7 @@ def _load(folder: Path, ref: str, attention: str, trusted: bool) -> tuple[Any, A
                 output_loading_info=True,
                 **options,
             )
-            processor = transformers.AutoProcessor.from_pretrained(str(folder), **options) if vision else None
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
-            tokenizer = processor.tokenizer if processor else tokenizer
         except Exception as error:  # every architecture has its own ways to fail
             reason = next(iter(str(error).strip().splitlines()), "")[:160]
             mend = "add 'trust_remote_code: true' if you trust its code" if "trust_remote_code" in str(error) else ""
@@ -308,7 +313,7 @@ def _load(folder: Path, ref: str, attention: str, trusted: bool) -> tuple[Any, A
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         what = f"lacks the weights '{missing[0]}'{more}, which would be random"
         raise CuveeError(what, where=ref, mend="take a checkpoint with its language model head")
-    return module, tokenizer, processor
+    return module, tokenizer, image_reader(folder, written, tokenizer, ref)
 
 
 def _choose_trainable(module: Any, settings: ModelSettings, where: str, seed: int) -> None:

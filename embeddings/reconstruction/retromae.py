@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embeddings.reconstruction.batch import SOURCE, TARGET, Batch, Row, stack
+from embeddings.reconstruction.images import refuse_images
 from embeddings.reconstruction.objective import (
     Example,
     Outcome,
@@ -50,6 +51,7 @@ class RetroMAE:
     name: str = "retromae"
 
     def collate(self, examples: Sequence[Example], reader: Reader, draw: np.random.Generator) -> Batch:
+        refuse_images(examples, "retromae")
         rows = [self._row(example, reader, draw) for example in examples]
         return stack(rows, "collaborative", pad_id=reader.pad_id, pad_left=reader.pad_left, pack=reader.pack)
 
