@@ -153,6 +153,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--orders", type=int, default=4, help="more orders of OBIM, at random")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-5, 1e-4], help="the specialists' grid")
     parser.add_argument("--tune-seed", type=int, default=0, help="for which learning rates are compared")
+    parser.add_argument("--tune-once", action="store_true", help="methods too are tuned for that seed alone")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=64, help="tokens of a text, in training and in tests")
@@ -305,6 +306,11 @@ class Lab:
         return list(known.values())
 
     def _tuned(self, method: Method, seed: int) -> dict[str, Any]:
+        if self.options.tune_once and seed != self.options.tune_seed:
+            name = next(name for name, each in METHODS.items() if each is method)
+            setting = self.record(name, self.options.tune_seed)["setting"]
+            test = self._score_merge(method, setting, self.names, seed, [*self.tasks, *self.others], "test")
+            return {"setting": setting, "validation": [], "test": test}
         validation = []
         for setting in method.settings:
             scores = self._score_merge(method, setting, self.names, seed, self.tasks, "validation")
