@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from merging.execution import Execution, Progress
 from merging.mergekit_recipe import is_mixture, references
 from merging.methods import Method
 from merging.model_card import Ingredient, model_card
-from merging.output import refuse_existing, staged
+from merging.output import refuse_existing, refuse_full_disk, staged
 from merging.plan import Plan, make_plan
 from merging.recipe import Recipe, read_file
 from merging.sidefiles import copy_sidefiles
@@ -366,14 +365,7 @@ def _summary(recipe: Recipe, plan: Plan, views: _Views, out: Path) -> dict[str, 
 
 def _check_space(out: Path, plan: Plan) -> None:
     needed = sum(step.written for step in plan.steps) + sum(math.prod(shape) for _, shape in plan.owned)
-    parent = next(p for p in out.absolute().parents if os.path.exists(p))  # False where one may not look
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise MergeError(
-            f"the result takes {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free",
-            where=str(parent),
-            mend="free some, choose another disk, or set a smaller 'out_dtype'",
-        )
+    refuse_full_disk(out, needed, "the result takes", "free some, choose another disk, or set a smaller 'out_dtype'")
 
 
 def _method(recipe: Recipe) -> Method | None:

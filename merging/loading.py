@@ -17,6 +17,7 @@ from typing import Any
 
 from merging.checkpoint import Checkpoint, read_json
 from merging.errors import CuveeError
+from merging.output import scratch
 from merging.sources import ModelRef
 
 #: Endings of `architectures` in config.json, and what such a model is.
@@ -117,19 +118,25 @@ def check_device(device: str) -> None:
 
 @contextmanager
 def adapter_merged(model: ModelRef, folder: Path) -> Iterator[Path]:
-    """The model's folder, or for a while one in which its adapter is merged into it, exactly, in float32."""
+    """The model's folder, or for a while one in which its adapter is merged into it, exactly, in float32.
+
+    That one is in TMPDIR, where the next finds what a killed process left.
+
+    Raises:
+        CuveeError: it cannot be merged, or there is no room.
+    """
     if model.adapter is None:
         yield folder
         return
     from merging.engine import merge
     from merging.recipe import Recipe
 
-    with tempfile.TemporaryDirectory(prefix="cuvee-adapter-") as scratch:
+    with scratch(Path(tempfile.gettempdir()) / "cuvee-adapter") as place:
         recipe = Recipe(
             merge_method="linear", models=[{"model": model, "parameters": {"weight": 1.0}}], dtype="float32"
         )
-        merge(recipe, Path(scratch) / "model")
-        yield Path(scratch) / "model"
+        merge(recipe, place / "model")
+        yield place / "model"
 
 
 def max_length(transformer: Any) -> int | None:

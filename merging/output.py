@@ -25,8 +25,7 @@ _UNFINISHED = ".cuvee.json."  # a first lineage that was not yet in place
 def staged(out: Path, *, force: bool = False, marker: str = "cuvee.json") -> Iterator[Path]:
     """A fresh folder beside `out` that becomes `out` when the block ends well, and goes when it raises.
 
-    What earlier, killed runs left beside `out` is removed; an earlier output that one of them had just set aside is put
-    back first. A lock tells theirs from that of a run at work.
+    An earlier output that a killed run had just set aside is put back first.
 
     Args:
         force: replace an existing `out`; only if it is empty or holds `marker`, so that no slip deletes a home folder.
@@ -36,28 +35,59 @@ def staged(out: Path, *, force: bool = False, marker: str = "cuvee.json") -> Ite
     """
     out = Path(os.path.abspath(out))
     refuse_existing(out, force=force, marker=marker)
+    with scratch(out) as new:
+        refuse_existing(out, force=force, marker=marker)
+        try:
+            yield new
+            refuse_existing(out, force=force, marker=marker)
+            _put_in_place(new.parent, out)
+        except OSError as error:
+            raise CuveeError(f"cannot write: {error.strerror}", where=str(error.filename or out)) from error
+
+
+@contextmanager
+def scratch(out: Path) -> Iterator[Path]:
+    """A fresh folder beside `out`, on its disk, that goes when the block ends.
+
+    What earlier, killed runs left beside `out` is removed; a lock tells theirs from that of a run at work.
+
+    Raises:
+        CuveeError: the parent folder cannot be written.
+    """
+    out = Path(os.path.abspath(out))
     missing = [folder for folder in out.parents if not os.path.exists(folder)]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(out)
-        refuse_existing(out, force=force, marker=marker)
         run, lock = _begin(out)
     except OSError as error:
         what = "is no folder" if isinstance(error, FileExistsError) else f"cannot write: {error.strerror}"
         raise CuveeError(what, where=str(out.parent), mend="choose another folder") from error
     try:
-        (run / _NEW).mkdir()
         yield run / _NEW
-        refuse_existing(out, force=force, marker=marker)
-        _put_in_place(run, out)
-    except OSError as error:
-        raise CuveeError(f"cannot write: {error.strerror}", where=str(error.filename or out)) from error
     finally:
         _remove(run)
         os.close(lock)
         with suppress(OSError):  # up to the first that is not empty: where all went well, that is the first
             for folder in missing:
                 folder.rmdir()
+
+
+def refuse_full_disk(out: Path, needed: int, what: str, mend: str = "free some, or choose another disk") -> None:
+    """Before the first byte.
+
+    Args:
+        needed: bytes.
+        what: takes them.
+
+    Raises:
+        CuveeError: the disk on which `out` is to be has fewer that are free.
+    """
+    parent = next(p for p in out.absolute().parents if os.path.exists(p))  # False where one may not look
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        told = f"{what} {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
+        raise CuveeError(told, where=str(parent), mend=mend)
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -151,6 +181,7 @@ def _begin(out: Path) -> tuple[Path, int]:
             lock = os.open(run / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX)
             if os.fstat(lock).st_nlink:
+                (run / _NEW).mkdir()
                 return run, lock
             os.close(lock)
 

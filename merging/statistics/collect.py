@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merging import lineage
-from merging.output import refuse_existing
+from merging.output import refuse_existing, refuse_full_disk
 from merging.setting import did_you_mean, quoted
 from merging.sources import ModelRef
 from merging.statistics.calibration import Calibration, draw
@@ -101,7 +101,8 @@ def collect(
         if len(calibration.examples) * part[1] < examples and calibration.rows < examples:
             note(f"the data have {calibration.rows} rows, not {examples}: all are taken")
         if origin is not None and scale is not None:  # in a dry run the base, which is made like it, stands for it
-            ref = origin.ref if dry_run else opened.enter_context(scaled(ref, origin.ref, scale))
+            _refuse_full_disk(out, origin, kind)
+            ref = origin.ref if dry_run else opened.enter_context(scaled(ref, origin.ref, scale, out))
         network = open_network(
             ref, head=head, device=device, dtype=dtype, max_length=max_length, trust_remote_code=trust_remote_code
         )
@@ -115,6 +116,7 @@ def collect(
         settings |= {"scale": scale, "base": base_identity["digest"]}
     job = _job(kind, network, calibration, settings, seed, batch_size, note)
     refuse_too_much(job.parameters, device)
+    refuse_full_disk(out, 4 * job.parameters, "the statistics take")
     result: dict[str, Any] = {
         "command": "stats",
         "out": str(out),
@@ -186,6 +188,13 @@ def _identity(view: View) -> dict[str, str]:
     """What a manifest says of a model."""
     place = {"ref": str(view.ref), "path": str(view.checkpoint.path)}
     return {**place, "fingerprint": fingerprint(view), "digest": view.digest()}
+
+
+def _refuse_full_disk(out: Path, base: View, kind: str) -> None:
+    """Before the model is scaled: as many float32 numbers as the base has, and Fisher information as many again."""
+    numbers = sum(math.prod(info.shape) for info in base.tensors.values())
+    times, what = (8, "the scaled model and its statistics take") if kind == "fisher" else (4, "the scaled model takes")
+    refuse_full_disk(out, times * numbers, what)
 
 
 def refuse_too_much(numbers: int, device: str) -> None:

@@ -5,13 +5,13 @@ Source: arXiv 2504.18992.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from merging.output import scratch
 from merging.sources import ModelRef
 from merging.statistics.folder import StatsError
 from merging.statistics.job import Found
@@ -30,10 +30,14 @@ def refuse_strangers(model: View, base: View) -> None:
 
 
 @contextmanager
-def scaled(model: ModelRef, base: ModelRef, scale: float) -> Iterator[ModelRef]:
+def scaled(model: ModelRef, base: ModelRef, scale: float, out: Path) -> Iterator[ModelRef]:
     """For a while a folder with the scaled model in float32; all but the weights is the base's, as in a merge.
 
     What only one of the two has stays as it is.
+
+    Args:
+        out: of the statistics. The folder is beside it: on a disk that has room, where the next run finds what a killed
+            one left.
 
     Raises:
         CuveeError: they are not of one lineage, or there is no room.
@@ -41,10 +45,10 @@ def scaled(model: ModelRef, base: ModelRef, scale: float) -> Iterator[ModelRef]:
     from merging.engine import merge
     from merging.recipe import Recipe
 
-    with tempfile.TemporaryDirectory(prefix="cuvee-scaled-") as scratch:
+    with scratch(out) as folder:
         entry = {"model": model, "parameters": {"weight": scale}}
-        merge(Recipe("task_arithmetic", [entry], base, dtype="float32", missing="keep"), Path(scratch) / "model")
-        yield ModelRef(str(Path(scratch) / "model"))
+        merge(Recipe("task_arithmetic", [entry], base, dtype="float32", missing="keep"), folder / "model")
+        yield ModelRef(str(folder / "model"))
 
 
 def of_model(found: Found, model: View, base: View) -> Found:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from merging.errors import CuveeError
-from merging.output import alone, just_begun, staged, write_whole
+from merging.output import alone, just_begun, refuse_full_disk, scratch, staged, write_whole
 
 
 def make(out: Path, content: str = "new", *, force: bool = False) -> None:
@@ -35,6 +35,27 @@ def abandoned(out: Path, *files: str) -> Path:
         (run / file).parent.mkdir(parents=True, exist_ok=True)
         (run / file).write_text(file)
     return run
+
+
+def test_what_is_needed_on_the_way_lies_beside_out_and_goes(tmp_path: Path) -> None:
+    out = tmp_path / "deeper" / "out"
+    left = abandoned(out, "lock", "new/model/weights")
+    with scratch(out) as folder, scratch(out) as other:
+        assert folder != other and folder.is_relative_to(out.parent) and not left.exists()
+        (folder / "weights").write_text("new")
+        with staged(out) as staging:
+            (staging / "cuvee.json").write_text("{}")
+        assert (folder / "weights").exists(), "of a run at work"
+    assert listing(tmp_path) == ["deeper", "deeper/out", "deeper/out/cuvee.json"]
+    with scratch(tmp_path / "new" / "out"):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_first_byte(tmp_path: Path) -> None:
+    refuse_full_disk(tmp_path / "deeper" / "out", 1, "it takes")
+    with pytest.raises(CuveeError, match=rf"{tmp_path}: it takes 1000000000.0 GB, the disk has \d+\.\d GB free"):
+        refuse_full_disk(tmp_path / "deeper" / "out", 10**18, "it takes")
 
 
 def test_nothing_stands_at_out_before_the_end(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from merging.statistics import collect, combine, fingerprint, open_statistics
 from merging.views import View
 from tests.architectures import Family, build
 from tests.checkpoints import read_model, write_model
-from tests.commands import run
+from tests.commands import run, start
 from tests.merging.statistics.models import sentences, with_tokenizer
 
 torch = pytest.importorskip("torch")
@@ -96,6 +98,37 @@ def test_none_of_it_is_the_base_and_all_of_it_the_model(scale: float, bert: Fami
     for name in other.names:
         largest = float(other.array(name).max(initial=0))
         np.testing.assert_allclose(one.array(name), other.array(name), rtol=1e-3, atol=1e-5 * largest + 1e-12)
+
+
+def test_a_killed_run_leaves_nothing_that_the_next_does_not_clear(bert: Family, data: Path, tmp_path: Path) -> None:
+    """The scaled model lies beside the statistics, not in TMPDIR."""
+    out = tmp_path / "deeper" / "s"
+    command = (
+        "stats", bert.specialists[0], "--base", bert.base, "--scale", "0.4", "--kind", "fisher", "--data", data,
+        "--candidates", "3", "--out", out,
+    )  # fmt: skip
+    left: list[Path] = []
+    job = start(*command)
+    deadline = time.monotonic() + 60
+    while not left and not out.exists() and time.monotonic() < deadline:
+        left = list(out.parent.glob(".s.partial-*/new/model/config.json"))
+    job.kill()
+    job.wait()
+    assert left and left[0].exists(), "the kill came while it was there"
+    assert run(*command).code == 0
+    assert [each.name for each in out.parent.iterdir()] == ["s"]
+
+
+def test_a_disk_without_room_for_it_is_told_at_once(
+    bert: Family, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(CuveeError, match=r"the scaled model and its statistics take 0\.0 GB, the disk has 0\.0 GB free"):
+        collect(str(bert.specialists[0]), data, "fisher", tmp_path / "s", base=str(bert.base), scale=0.4)
+    with pytest.raises(CuveeError, match=r"the statistics take 0\.0 GB"):
+        collect(str(bert.specialists[0]), data, "fisher", tmp_path / "s")
+    assert [each.name for each in tmp_path.iterdir()] == [data.name]
 
 
 def test_what_the_folder_says(bert: Family, data: Path, tmp_path: Path) -> None:
