@@ -136,7 +136,7 @@ def _serve() -> None:
     _warm_up()
     for line in sys.stdin:
         request = json.loads(line)
-        if request["arguments"][:1] in (["train"], ["update"], ["stats"]):
+        if request["arguments"][:1] in (["train"], ["update"], ["pretrain"], ["stats"]):
             _warm_up_training()
         child = os.fork()
         if child == 0:
@@ -168,6 +168,9 @@ def _warm_up_training() -> None:
             "embeddings.training.update",
             "embeddings.training.workers",
             "embeddings.training.backbone",
+            "transformers.models.llama.modeling_llama",
+            "embeddings.reconstruction.run",
+            "embeddings.reconstruction.model",
         ),
     )
     for name in late:
