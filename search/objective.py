@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -60,11 +60,14 @@ class Objective(Protocol):
     def data(self) -> Mapping[str, str]:
         """By name the digest of what scores follow from besides the model; a study goes on only with the same."""
 
-    def check(self, model: ModelRef) -> None:
+    def check(self, model: ModelRef) -> Sequence[str]:
         """Reads what there is to read but the model's weights, so that a mistake is told before the first trial.
 
         Args:
             model: as of `prepare`.
+
+        Returns:
+            Lines for the user, on what is possible and hardly meant.
 
         Raises:
             CuveeError: what `prepare` would raise, as far as it shows without the model.

@@ -72,7 +72,8 @@ def search_run(
     settings = _settings(config, space, workers)
     check_claim(run)
     check(config, space, run / MODEL, note)
-    config.make_objective().check(look_of(config))
+    for line in config.make_objective().check(look_of(config)):
+        note(line)
     settings = replace(settings, identity={**settings.identity, **content_of(config)})
     summary = {
         **{"command": "search", "out": str(run), "method": config.method.name, "engine": config.engine},

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embeddings.evaluation import suite, tasks
+from embeddings.evaluation.suite import SuiteTask
 from embeddings.evaluation.suite_settings import refuse_unfit, suite_folder, suite_tasks
 from embeddings.evaluation.tasks import Target
 from merging.checkpoint import Checkpoint
@@ -45,7 +46,7 @@ class SuiteObjective:
         """Of the tasks, as `cuvee evaluate` tells them."""
         return {target.name: str(target.dataset["revision"]) for target in self.targets}
 
-    def check(self, model: ModelRef) -> None:
+    def check(self, model: ModelRef) -> tuple[str, ...]:
         """Reads the data of the suite's tasks; mteb's may have to be fetched, which is left to the search itself.
 
         Raises:
@@ -56,9 +57,17 @@ class SuiteObjective:
 
         with Checkpoint.open(model) as checkpoint:
             refuse_other_kinds(checkpoint)
+        for_tests = []
         for target in self.targets:
-            if hasattr(target.fresh(MTEB_SEED), "suite_task"):
+            own: SuiteTask | None = getattr(target.fresh(MTEB_SEED), "suite_task", None)
+            if own is not None:
                 kept(target)
+            if "test" in target.splits or (own and own.splits.get("test") == own.splits[target.splits[0]]):
+                for_tests.append(target.name)
+        if not for_tests:
+            return ()
+        told = f"{', '.join(for_tests[:5])}{', …' if len(for_tests) > 5 else ''}"
+        return (f"scores on test rows ({told}): they can no longer tell how good the model is that is chosen by them",)
 
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module | None:
         """Opens the model, and reads the tasks' data.

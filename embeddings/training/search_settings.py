@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SIZE, EQUAL, SEARCH = "size", "equal", "search"
 #: By default.
 TRIALS = 20
+_SPLIT = "validation"
 _KEYS = ("objective", "vary", "engine", "trials", "start", "until", "recommend")
 
 
@@ -153,6 +154,10 @@ def weights(
         if usual is None:
             mend = "add 'evaluate: {suite: …}' or 'weights: {search: {objective: …}}'"
             raise CuveeError("a search of weights needs data to score on", where=item.where, mend=mend)
+        if usual["split"] != _SPLIT:
+            what = f"a search of weights would choose by the {usual['split']} rows that 'evaluate' names"
+            mend = f"evaluate on '{_SPLIT}', or say what it is to score on: 'weights: {{search: {{objective: {{suite: …}}}}}}'"
+            raise CuveeError(what, where=item.where, mend=mend)
         plain["objective"] = dict(usual)
     lines = {name: node.where for name, node in said.items()}
     if _engine(plain).proposes:  # those that go their own way have numbers of their own

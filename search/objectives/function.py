@@ -43,13 +43,14 @@ class Function:
         file = self._file()
         return {} if file is None else {self.name.partition(":")[0]: file_digest(file)}
 
-    def check(self, model: ModelRef) -> None:
+    def check(self, model: ModelRef) -> tuple[str, ...]:
         """Imports the module.
 
         Raises:
             CuveeError: it cannot be imported, or has no such function.
         """
         self._found()
+        return ()
 
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module | None:
         """Imports the module, and opens the model if the function takes one.

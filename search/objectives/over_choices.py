@@ -41,7 +41,7 @@ class OverChoices(ABC):
         """Of the tasks' files."""
         return digests(self._tasks)
 
-    def check(self, model: ModelRef) -> None:
+    def check(self, model: ModelRef) -> tuple[str, ...]:
         """Reads the inputs of every task, and the model's configuration.
 
         Raises:
@@ -57,6 +57,7 @@ class OverChoices(ABC):
         for task in self._tasks:
             question = read_question(task, head, config, with_answers=self._with_answers)
             self.read(task, question.names, question.counts)
+        return ()
 
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module:
         """Opens the model, and reads the inputs of every task.

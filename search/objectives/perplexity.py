@@ -40,7 +40,7 @@ class Perplexity:
         """Of the tasks' files."""
         return digests(self._tasks)
 
-    def check(self, model: ModelRef) -> None:
+    def check(self, model: ModelRef) -> tuple[str, ...]:
         """Reads the texts.
 
         Raises:
@@ -48,6 +48,7 @@ class Perplexity:
         """
         for task in self._tasks:
             unlabelled(task)
+        return ()
 
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module:
         """Opens the language model and reads the texts.

@@ -45,8 +45,8 @@ class Near:
     def data(self) -> dict[str, str]:
         return {}
 
-    def check(self, model: ModelRef) -> None:
-        pass
+    def check(self, model: ModelRef) -> Sequence[str]:
+        return ()
 
     def prepare(self, model: ModelRef, device: str) -> Any:
         load = self.family.architecture.model_class().from_pretrained

@@ -104,6 +104,15 @@ def test_a_search_by_it_ends_in_a_model_with_that_score(minilm_family: MiniLMFam
     assert scores == pytest.approx({name: truth[name] for name in scores}, abs=1e-5)
 
 
+def test_a_choice_by_test_rows_is_told(own: Path, minilm: Path) -> None:
+    """Of mteb's tasks too, and where the rows of both splits are the same."""
+    model = ModelRef.parse(str(minilm))
+    assert made(f"{{suite: {own}, tasks: [words]}}").check(model) == ()
+    (line,) = made(f"{{suite: {own}, tasks: [words, sentences, STSBenchmark]}}").check(model)
+    assert line.startswith("scores on test rows (sentences, STSBenchmark): ")
+    assert made("{suite: shipped, tasks: [word], split: test}").check(model)[0].startswith("scores on test rows (word)")
+
+
 def test_by_default_it_is_what_ships_with_a_validation_split() -> None:
     assert [target.name for target in made("suite:").targets] == [
         task.name for task in sorted(suite.load(), key=lambda task: task.group) if "validation" in task.splits

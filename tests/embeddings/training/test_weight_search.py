@@ -141,6 +141,10 @@ def test_configurations_of_before_are_the_same_runs(config: TrainingConfig) -> N
     [
         ("weights: serch", r"config.yml:5: 'serch' is no choice for 'weights'.*search"),
         ("weights: search", r"config.yml:5: a search of weights needs data to score on; add 'evaluate"),
+        (
+            "evaluate: {suite: shipped, tasks: [word], split: test}\nweights: search",
+            r"config.yml:6: a search of weights would choose by the test rows that 'evaluate' names; .*'validation'",
+        ),
         ("weights: {search: {trails: 3}}", r"config.yml:5: .*'trails'.*'trials'"),
         ("weights: size\nmerge_weights: size", r"config.yml:6: .*are the same; keep 'weights'"),
         ("weights:\n  search:\n    trials: 0\n    objective: suite", r"config.yml:7: 'trials' is 0"),
