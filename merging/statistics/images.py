@@ -43,7 +43,8 @@ def opened(file: Path) -> Any:
         raise CuveeError("images are read by Pillow, which is not installed", where=str(file), mend=_NEEDS) from None
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            # Pillow warns of a palette with transparency unless that is taken in first; the colours are the same.
+            return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CuveeError(f"is no image that can be read: {str(error)[:120]}", where=str(file)) from None
 
