@@ -25,9 +25,10 @@ from typing import Any
 
 import yaml
 
+from embeddings.reconstruction.image_rows import ImageSettings, image_settings
 from embeddings.training import config as training
 from embeddings.training.config import ModelSettings, TrainingConfig
-from embeddings.training.data_settings import SIDES, DataSettings
+from embeddings.training.data_settings import SIDES, DataSettings, refuse_twins
 from merging import node
 from merging.errors import CuveeError
 from merging.fields import choice, flag, given, mapping, number, told_as
@@ -53,7 +54,18 @@ _OF_A_STAGE = (
     *("batch_size", "micro_batch", "pack", "epochs", "steps"),
     *("learning_rate", "warmup", "weight_decay", "gradient_clip"),
 )
-_OF_ALL = ("model", "data", "max_length", "attention", "seed", "held_out", "measure_every", "save_every", "contrastive")
+_OF_ALL = (
+    "model",
+    "data",
+    "images",
+    "max_length",
+    "attention",
+    "seed",
+    "held_out",
+    "measure_every",
+    "save_every",
+    "contrastive",
+)
 _PRETRAINED = "the-pre-trained-model"
 #: What a contrastive stage may say of the model, and takes over where it does not; the rest follows from how it was
 #: pre-trained.
@@ -99,6 +111,7 @@ class PretrainingConfig:
 
     Attributes:
         objective: of `STAGES`.
+        data, images: at least one of both.
         stages: at least one, in their order.
         max_length: tokens by "query" and "document", a source's EOS among them.
         attention: transformers' implementation.
@@ -114,6 +127,7 @@ class PretrainingConfig:
     model: ModelSettings
     data: tuple[DataSettings, ...]
     stages: tuple[StageSettings, ...]
+    images: tuple[ImageSettings, ...] = ()
     max_length: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SIDES, 512))
     attention: str = "sdpa"
     seed: int = 0
@@ -156,7 +170,7 @@ class PretrainingConfig:
     def plain(self) -> dict[str, Any]:
         """All settings that the pre-trained weights follow from, the defaults too, as JSON knows them."""
         found = training.without_places(asdict(replace(self, contrastive=None)))
-        for data in found["data"]:
+        for data in (*found["data"], *(each["data"] for each in found["images"])):
             del data["column_lines"]
         return {key: value for key, value in found.items() if key not in ("text", "lines", *NOT_LEARNED_FROM)}
 
@@ -186,11 +200,13 @@ def parse(text: str, objective: str, where: str = "configuration") -> Pretrainin
             raise CuveeError("is no mapping", where=root.where, mend="write at least 'model:' and 'data:'")
         _refuse_keys(root, objective)
         near = Path(where).parent
+        images = _images(root, near, objective)
         contrastive = _contrastive(root, where)
         return PretrainingConfig(
             objective=objective,
             model=_model(root, near),
             data=_data(root, near, contrastive),
+            images=images,
             stages=_stages(root, objective),
             max_length=training.lengths_by_side(root),
             attention=choice(root, "attention", ATTENTIONS, PretrainingConfig.attention),
@@ -299,7 +315,25 @@ def _model(root: Node, near: Path) -> ModelSettings:
     return found
 
 
+def _images(root: Node, near: Path, objective: str) -> tuple[ImageSettings, ...]:
+    found = image_settings(root, near)
+    if not found:
+        return found
+    images = root.value["images"]
+    if objective != "cocoa":
+        mend = "remove them, or run `cuvee pretrain cocoa`"
+        raise CuveeError(f"{objective} reads no images", where=images.where, mend=mend)
+    if given(root, "contrastive") is not None:
+        mend = "remove one of them; `cuvee train` trains models of texts"
+        raise CuveeError("'images' and 'contrastive' exclude each other", where=images.where, mend=mend)
+    texts = training.data_sets(root, near) if given(root, "data") is not None else ()
+    refuse_twins([*texts, *(each.data for each in found)])
+    return found
+
+
 def _data(root: Node, near: Path, contrastive: TrainingConfig | None) -> tuple[DataSettings, ...]:
+    if given(root, "images") is not None and given(root, "data") is None:
+        return ()
     found = training.data_sets(root, near)
     shared = contrastive is not None and given(root.value["contrastive"], "data") is None
     for entry in root.value["data"].value if not shared else ():

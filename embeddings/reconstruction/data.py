@@ -17,9 +17,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from embeddings.reconstruction.config import PretrainingConfig
+from embeddings.reconstruction.image_rows import ImageRows
 from embeddings.reconstruction.objective import Example
 from embeddings.reconstruction.reader import Reader
 from embeddings.training.data import GRADED, TrainingSet, load_sets
+from embeddings.training.data_settings import DataSettings
 from embeddings.training.token_table import TokenTable
 from merging.errors import CuveeError
 from merging.progress import Work
@@ -85,38 +87,61 @@ class HeldOut:
         return sum(map(len, self.rows.values()))
 
 
-def hold_out(config: PretrainingConfig, sets: Sequence[TrainingSet]) -> HeldOut:
+def hold_out(config: PretrainingConfig, sets: Sequence[TrainingSet], images: Sequence[ImageRows] = ()) -> HeldOut:
     """Draws the rows that are held out, all as likely; the same for every stage.
 
     Raises:
         CuveeError: there are not more rows than are to be held out.
     """
-    pairs = [_pairs(found) for found in sets]
-    total = sum(map(len, pairs))
+    pairs = {found.name: _pairs(found) for found in sets}
+    pairs |= {found.name: np.arange(len(found), dtype=np.int64) for found in images}
+    total = sum(map(len, pairs.values()))
     wanted = min(_HELD, total // _SHARE_HELD) if config.held_out is None else config.held_out
     if wanted and wanted >= total:
         what = f"{wanted} held-out rows leave none of {total} to train on"
         raise CuveeError(what, where=config.at("held_out"), mend="lower it")
     drawn = np.zeros(total, bool)
     drawn[np.random.default_rng([config.seed, 1]).permutation(total)[:wanted]] = True
-    own = np.split(drawn, np.cumsum([len(rows) for rows in pairs])[:-1])
-    return HeldOut({found.name: rows[kept] for found, rows, kept in zip(sets, pairs, own, strict=True)})
+    own = np.split(drawn, np.cumsum([len(rows) for rows in pairs.values()])[:-1])
+    return HeldOut({name: rows[kept] for (name, rows), kept in zip(pairs.items(), own, strict=True)})
 
 
 class Material(Protocol):
     """What a stage reads of one data set.
 
     Attributes:
+        type: what its rows are.
         units: numbers that `example` takes, of all that is trained on.
         held: likewise, of what is held out.
     """
 
-    found: TrainingSet
-    units: NDArray[np.int64]
-    held: NDArray[np.int64]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def type(self) -> str: ...
+
+    @property
+    def settings(self) -> DataSettings: ...
+
+    @property
+    def units(self) -> NDArray[np.int64]: ...
+
+    @property
+    def held(self) -> NDArray[np.int64]: ...
 
     def example(self, unit: int, draw: np.random.Generator) -> Example:
         """One example; what is random comes from `draw` alone."""
+
+
+class Sides(Protocol):
+    """What is embedded to be measured: a material whose rows have two sides."""
+
+    @property
+    def held(self) -> NDArray[np.int64]: ...
+
+    def sides(self, unit: int) -> tuple[Example, Example]:
+        """Both, each as a source."""
 
 
 class Texts:
@@ -129,6 +154,7 @@ class Texts:
 
     def __init__(self, found: TrainingSet, held: NDArray[np.int64]) -> None:
         self.found = found
+        self.name, self.type, self.settings = found.name, found.type, found.settings
         self._queries = len(found.query_tokens)
         shared = found.document_tokens is found.query_tokens
         after = 0 if shared else self._queries
@@ -160,6 +186,7 @@ class Pairs:
         max_length: Mapping[str, int],
     ) -> None:
         self.found, self._reader, self._reads, self._max_length = found, reader, reads, max_length
+        self.name, self.type, self.settings = found.name, found.type, found.settings
         rows = _pairs(found)
         # A row that asks what a held-out one asks would teach its answer.
         rows = rows[~np.isin(found.queries[rows], found.queries[held])] if len(held) else rows
@@ -183,12 +210,13 @@ class Pairs:
             where=_where(self.found, f"row {row + 1}"),
         )
 
-    def sides(self, unit: int) -> tuple[list[int], list[int]]:
-        """A row's query and its first positive, each as a source: ids with its own prompt."""
+    def sides(self, unit: int) -> tuple[Example, Example]:
+        """A row's query and its first positive, each with its own prompt."""
         row = int(unit) // 2
         found, length = self.found, self._max_length
         query = _ids(found.query_tokens, int(found.queries[row]))[: length["query"] - 1]
-        return query, _ids(found.document_tokens, int(found.positives[row][0]))[: length["document"] - 1]
+        document = _ids(found.document_tokens, int(found.positives[row][0]))[: length["document"] - 1]
+        return Example(query), Example(document)
 
     def _target(self, table: TokenTable, number: int, side: str) -> Sequence[int]:
         """A text's ids without prompt and special tokens."""

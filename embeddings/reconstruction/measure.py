@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embeddings.reconstruction.batch import EOS, NO_LABEL, SOURCE, TARGET, Batch, Row, stack
-from embeddings.reconstruction.cocoa import Bridge, WarmUp, through_embedding
-from embeddings.reconstruction.data import Material, Pairs
+from embeddings.reconstruction.batch import EOS, NO_LABEL, SOURCE, TARGET, Batch, Row
+from embeddings.reconstruction.cocoa import Bridge, WarmUp, image_ids, stacked, through_embedding
+from embeddings.reconstruction.data import Material, Sides
+from embeddings.reconstruction.images import Picture, pictures_of
 from embeddings.reconstruction.metrics import Reconstruction, alignment, effective_rank, uniformity
-from embeddings.reconstruction.objective import Objective
+from embeddings.reconstruction.objective import Example, Objective
 from embeddings.reconstruction.reader import Reader
 from embeddings.reconstruction.retromae import RetroMAE
 
@@ -40,7 +41,7 @@ class Measure:
         self,
         objective: Objective,
         materials: Sequence[Material],
-        pairs: Sequence[Pairs],
+        pairs: Sequence[Sides],
         reader: Reader,
         *,
         pattern: str,
@@ -114,28 +115,29 @@ def blind(objective: Objective) -> Any:
     return None
 
 
-def embed(model: Reconstructor, texts: Sequence[Sequence[int]], reader: Reader, pattern: str) -> torch.Tensor:
-    """(texts, width) float32, of length one: EOS's states of the last layer, as the model that is written pools them.
+def embed(model: Reconstructor, examples: Sequence[Example], reader: Reader, pattern: str) -> torch.Tensor:
+    """(examples, width) float32, of length one: EOS's states of the last layer, as the model that is written pools them.
 
     Args:
-        texts: ids, without EOS.
+        examples: their sources, and their images where they have some.
         pattern: "bidirectional" or "causal".
     """
     import torch
 
-    parts = []
-    for own in _in_parts(texts):
-        batch = stack([_row(ids, reader) for ids in own], pattern, pad_id=reader.pad_id, pad_left=reader.pad_left)
-        batch = batch.to(model.device)
+    plain, parts = replace(reader, pack=0), []
+    for own in _in_parts(examples):
+        pictures = pictures_of(own, plain)
+        rows = [_row(*each, plain) for each in zip(own, pictures, strict=True)]
+        batch = stacked(rows, pictures, pattern, plain).to(model.device)
         parts.append(model.eos_states(model.hidden(batch), batch))
     return torch.nn.functional.normalize(torch.cat(parts), dim=1)
 
 
-def _row(ids: Sequence[int], reader: Reader) -> Row:
-    whole = np.array([*reader.cut(ids), reader.eos_id], np.int64)
-    segments = np.full(len(whole), SOURCE, np.int64)
+def _row(example: Example, picture: Picture | None, reader: Reader) -> Row:
+    ids = np.array([*image_ids(picture, reader), *reader.cut(example.source), reader.eos_id], np.int64)
+    segments = np.full(len(ids), SOURCE, np.int64)
     segments[-1] = EOS
-    return Row(whole, segments, np.full(len(whole), NO_LABEL, np.int64))
+    return Row(ids, segments, np.full(len(ids), NO_LABEL, np.int64))
 
 
 def _through_eos_alone(objective: Objective, model: Reconstructor, batch: Batch) -> tuple[torch.Tensor, Batch]:

@@ -28,8 +28,9 @@ import xxhash
 
 from embeddings.reconstruction.cocoa import Bridge, WarmUp
 from embeddings.reconstruction.config import PretrainingConfig, StageSettings
-from embeddings.reconstruction.data import HeldOut, Material, Pairs, Texts, hold_out, read_sets
+from embeddings.reconstruction.data import HeldOut, Material, Pairs, Sides, Texts, hold_out, read_sets
 from embeddings.reconstruction.export import linked_copy, write_embedding_model
+from embeddings.reconstruction.image_rows import ImageRows, read_images
 from embeddings.reconstruction.llm_ql import QueryLikelihood
 from embeddings.reconstruction.measure import Measure
 from embeddings.reconstruction.objective import Objective
@@ -114,7 +115,9 @@ def pretrain_run(
         last = jobs[-1].out
         if not (run / LANGUAGE_MODEL).exists():
             linked_copy(last, run / LANGUAGE_MODEL)
-        if not (run / MODEL).exists():
+        if opened.reads_images:
+            note(f"of a model that reads images there is no model/: {run / LANGUAGE_MODEL}, pooled by EOS, embeds")
+        elif not (run / MODEL).exists():
             own = {"command": _COMMAND, **content, "stages": {name: asdict(done) for name, done in trained.items()}}
             write_embedding_model(
                 run / LANGUAGE_MODEL,
@@ -125,7 +128,8 @@ def pretrain_run(
                 content=own,
             )
         after = _contrastive(config, run, options, progress, note)
-        return _finish(config, run, options, began, trained, material, after)
+        result = LANGUAGE_MODEL if opened.reads_images else MODEL
+        return _finish(config, run, options, began, trained, material, after, result)
 
 
 def plan(
@@ -158,7 +162,7 @@ def plan(
             "members": {name: {"steps": len(steps)} for name, steps in plans.items()},
             "steps": sum(map(len, plans.values())),
             "cost": sum(len(part.rows) for steps in plans.values() for step in steps for part in step),
-            "rows": {found.name: len(found) for found in material.sets},
+            "rows": {found.name: len(found) for found in material.all},
             "held_out": len(material.held),
         }
 
@@ -168,8 +172,13 @@ class _Read:
     """The data of a run."""
 
     sets: Sequence[TrainingSet]
+    images: Sequence[ImageRows]
     held: HeldOut
     reader: Reader
+
+    @property
+    def all(self) -> Sequence[TrainingSet | ImageRows]:
+        return [*self.sets, *self.images]
 
 
 class _Opened:
@@ -178,6 +187,7 @@ class _Opened:
     def __init__(self, config: PretrainingConfig, device: str) -> None:
         self._config, self._device = config, device
         self._first: Reconstructor | None = self._open(config.model, config.seed)
+        self.reads_images = self._first.processor is not None
 
     def reader(self) -> Reader:
         assert self._first is not None
@@ -205,9 +215,11 @@ def _read(
     config: PretrainingConfig, reader: Reader, cache: Path, progress: Work, note: Note, *, fresh: bool = False
 ) -> _Read:
     sets = read_sets(config, reader, cache, progress, fresh=fresh)
-    for line in (line for each in sets for line in each.notes):
+    images = read_images(config.images, reader, cache, config.seed, progress, fresh=fresh) if config.images else []
+    found = _Read(sets, images, hold_out(config, sets, images), reader)
+    for line in (line for each in found.all for line in each.notes):
         note(line)
-    return _Read(sets, hold_out(config, sets), reader)
+    return found
 
 
 def _jobs(config: PretrainingConfig, data: _Read, run: Path) -> list[Job]:
@@ -215,10 +227,10 @@ def _jobs(config: PretrainingConfig, data: _Read, run: Path) -> list[Job]:
     jobs: list[Job] = []
     before, past = 0, ""
     for stage in config.stages:
-        materials = [_material(config, stage, found, data) for found in data.sets]
-        objective = _OBJECTIVES[stage.name](**stage.parameters)
         reader = replace(data.reader, pack=stage.pack, max_length=_lengths(config, stage))
-        rows = [Pairs(found, reader, data.held.rows[found.name], "query", config.max_length) for found in data.sets]
+        materials = _materials(config, stage, data, reader)
+        objective = _OBJECTIVES[stage.name](**stage.parameters)
+        rows = _sides(config, data)
         pattern = "bidirectional" if config.objective in _BIDIRECTIONAL else "causal"
         made_by = _made_by(config, stage, data, past)
         job = Job(
@@ -243,11 +255,23 @@ def _jobs(config: PretrainingConfig, data: _Read, run: Path) -> list[Job]:
     return jobs
 
 
-def _material(config: PretrainingConfig, stage: StageSettings, found: TrainingSet, data: _Read) -> Material:
-    held = data.held.rows[found.name]
-    if stage.name in _OF_TEXTS:
-        return Texts(found, held)
-    return Pairs(found, data.reader, held, stage.reads, config.max_length)
+def _materials(config: PretrainingConfig, stage: StageSettings, data: _Read, reader: Reader) -> list[Material]:
+    of_texts, held = stage.name in _OF_TEXTS, data.held.rows
+    found: list[Material] = [
+        Texts(each, held[each.name])
+        if of_texts
+        else Pairs(each, data.reader, held[each.name], stage.reads, config.max_length)
+        for each in data.sets
+    ]
+    return [*found, *(each.of_stage(reader, held[each.name], warm_up=of_texts) for each in data.images)]
+
+
+def _sides(config: PretrainingConfig, data: _Read) -> list[Sides]:
+    """What is embedded of what is held out."""
+    held, longest = data.held.rows, max(config.max_length.values())
+    reader = replace(data.reader, max_length={"source": longest, "target": longest})
+    texts: list[Sides] = [Pairs(each, reader, held[each.name], "query", config.max_length) for each in data.sets]
+    return [*texts, *(each.of_stage(reader, held[each.name], warm_up=False) for each in data.images)]
 
 
 def _lengths(config: PretrainingConfig, stage: StageSettings) -> dict[str, int]:
@@ -271,7 +295,7 @@ def _made_by(config: PretrainingConfig, stage: StageSettings, data: _Read, past:
             "prompt": None if found.settings.prompt is None else dict(found.settings.prompt),
             "held_out": data.held.rows[found.name].tolist(),
         }
-        for found in data.sets
+        for found in data.all
     }
     own = {key: value for key, value in asdict(stage).items() if key != "where"}
     plain: dict[str, Any] = json.loads(json.dumps({"settings": settings, "stage": own, "data": told, "past": past}))
@@ -355,6 +379,7 @@ def _finish(
     trained: Mapping[str, Trained],
     data: _Read,
     after: Mapping[str, Any] | None,
+    result: str,
 ) -> dict[str, Any]:
     """Writes the run's cuvee.json; what the command prints."""
     shutil.rmtree(run / WORK, ignore_errors=True)
@@ -364,7 +389,7 @@ def _finish(
         "command": _COMMAND,
         "objective": config.objective,
         "out": str(run),
-        "model": str(run / MODEL),
+        "model": str(run / result),
         "seconds": round(time.perf_counter() - began, 1),
         "seed": config.seed,
         "device": options.device,
@@ -384,7 +409,7 @@ def _finish(
             "held_out": len(data.held.rows[found.name]),
             **({"revision": found.settings.revision} if found.settings.hub is not None else {}),
         }
-        for found in data.sets
+        for found in data.all
     }
     content = {**summary, "base": config.model.path, "config": config.plain(), "data": told, "state": "done"}
     write_whole(run / lineage.FILE, lineage.text(content))

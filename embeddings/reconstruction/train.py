@@ -80,9 +80,9 @@ def plan_of(stage: StageSettings, materials: Sequence[Material], seed: int) -> S
     return schedule.build(
         "batch_level",
         [len(material.units) for material in materials],
-        [material.found.type for material in materials],
-        [material.found.settings.batch_size or stage.batch_size for material in materials],
-        [material.found.settings.weight for material in materials],
+        [material.type for material in materials],
+        [material.settings.batch_size or stage.batch_size for material in materials],
+        [material.settings.weight for material in materials],
         epochs=stage.epochs,
         steps=stage.steps,
         seed=seed,
@@ -178,7 +178,7 @@ class _Session:
             numbers, norm = self._step(batches, number, now)
             rows += sum(len(part.rows) for part in plan[number])
             tokens += (own := sum(batch.tokens for batch in batches))
-            names = sorted({job.materials[part.dataset].found.name for part in plan[number]})
+            names = sorted({job.materials[part.dataset].name for part in plan[number]})
             batches = self._batches(plan, number + 1) if number + 1 < total else []  # while a GPU is at the step
             self._refuse_not_finite(norm := float(norm), names, number)
             window.add(numbers, own)

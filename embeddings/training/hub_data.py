@@ -62,17 +62,30 @@ class HubRevisions:
         return replace(settings, revision=known), (moved,) * (now != known)
 
 
-def rows(settings: DataSettings) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def rows(settings: DataSettings, *, decoded: bool = True) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Each row of a hub id or a local folder, and the place where it stands.
+
+    Args:
+        decoded: images as Pillow's; else as `{"bytes": …, "path": …}`, so that a broken one breaks its own row alone.
 
     Raises:
         CuveeError: it cannot be loaded, or, for want of a connection, only at another revision.
     """
     number = 0
-    for batch in _table(settings).iter(batch_size=1000):
+    table = _table(settings)
+    for batch in (table if decoded else _undecoded(table)).iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             number += 1
             yield f"{_name(settings)}, {settings.split}, row {number}", dict(zip(batch, values, strict=True))
+
+
+def _undecoded(table: Any) -> Any:
+    import datasets
+
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+    return table
 
 
 def _table(settings: DataSettings) -> Any:

@@ -63,7 +63,7 @@ def test_a_prompt_stands_before_a_source_and_not_in_a_target(tmp_path: Path) -> 
     assert example.target is not None and list(example.target) == ids_of(first["positive"])
     assert example.text == "w7 " + first["query"]
     query, document = pairs_of(tmp_path, data=data).sides(0)
-    assert query == list(example.source) and document == [models.BOS, *ids_of("w9 " + first["positive"])]
+    assert query.source == example.source and document.source == [models.BOS, *ids_of("w9 " + first["positive"])]
 
 
 def test_sources_leave_room_for_eos(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from embeddings.reconstruction.config import load
 from embeddings.reconstruction.measure import embed
 from embeddings.reconstruction.model import open_reconstructor
+from embeddings.reconstruction.objective import Example
 from embeddings.reconstruction.run import plan, pretrain_run
 from embeddings.training.config import ModelSettings
 from embeddings.training.options import Options
@@ -76,7 +77,12 @@ def test_plain_sentence_transformers_gives_the_vectors_that_training_saw(objecti
     reader = model.reader({"source": 12, "target": 12})
     some = [*texts(5, seed=9), "w7 " * 30]
     with torch.inference_mode():
-        ours = embed(model, reader.ids(some), reader, "causal" if objective == "llm-ql" else "bidirectional").numpy()
+        ours = embed(
+            model,
+            [Example(ids) for ids in reader.ids(some)],
+            reader,
+            "causal" if objective == "llm-ql" else "bidirectional",
+        ).numpy()
     theirs = SentenceTransformer(str(run / "model"), device="cpu").encode(some)
     np.testing.assert_allclose(theirs, ours, atol=2e-6)
     config = json.loads((run / "model" / "config.json").read_text("utf-8"))

@@ -1,0 +1,284 @@
+"""Images and their texts: data sets of a pre-training that reads both, as an entry of `images:` names them.
+
+    images:
+      - file: emoji.jsonl          # JSONL, CSV, TSV or Parquet; `image` is a path from the file's folder, and stays in it
+        columns: {image: file_name, text: caption, query: question}
+        skip_broken: true          # leave out what is no image, and say how many; else it is a mistake
+        limit: 10000               # weight, batch_size, name: as of a data set of texts
+      - {hub: owner/name, subset: default, split: train}    # its images are kept as files in the run's data/
+
+A row is an image, a `text` that is told again from it, and, where there is one, a `query` that stands behind the image.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from embeddings.reconstruction.objective import Example
+from embeddings.reconstruction.reader import Reader
+from embeddings.training import hub_data
+from embeddings.training.data_settings import DataSettings, data_list
+from embeddings.training.hub_data import HubRevisions
+from embeddings.training.source_digests import FileDigests
+from merging.errors import CuveeError
+from merging.fields import flag, given, mapping, text
+from merging.node import Node
+from merging.output import staged
+from merging.progress import Work
+from merging.setting import refuse_unknown_keys
+from merging.statistics.images import opened
+from merging.tables import raw_rows
+
+COLUMNS = ("image", "text", "query")
+_KEYS = ("file", "hub", "subset", "split", "revision", "name", "weight", "limit", "batch_size")
+_OWN = ("columns", "skip_broken")
+_SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "image": ("image", "image_path", "img", "file_name"),
+    "text": ("text", "caption", "positive", "label"),
+    "query": ("query", "question", "anchor"),
+}
+_MARKER = "images.json"
+_FORM = 1  # of what is kept: raise it when the same source would give other rows
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """One data set of images and texts.
+
+    Attributes:
+        data: where it comes from, and its name, weight, limit and batch size.
+        columns: what the source calls a column, by our name.
+    """
+
+    data: DataSettings
+    columns: Mapping[str, str] = field(default_factory=dict)
+    skip_broken: bool = False
+
+
+def image_settings(root: Node, near: Path) -> tuple[ImageSettings, ...]:
+    """What `images:` lists; () where it is absent.
+
+    Raises:
+        CuveeError: at the line of the first mistake.
+    """
+    images = given(root, "images")
+    if images is None:
+        return ()
+    entries = images.value if isinstance(images.value, list) else [images]
+    return tuple(_entry(entry, near) for entry in entries)
+
+
+def _entry(node: Node, near: Path) -> ImageSettings:
+    if not isinstance(node.value, dict):
+        mend = "write '- file: images.jsonl', or '- hub: NAME'"
+        raise CuveeError(f"a data set of images must be a mapping, not {node}", where=node.where, mend=mend)
+    refuse_unknown_keys(node, (*_KEYS, *_OWN), "a data set of images")
+    plain = Node({key: item for key, item in node.value.items() if key in _KEYS}, node.where)
+    (data,) = data_list(Node([plain], node.where), near)
+    columns = mapping(node, "columns", "{text: caption}")
+    if columns is not None:
+        refuse_unknown_keys(columns, COLUMNS, "the columns of images")
+    renamed = {} if columns is None else {name: text(columns, name, None) for name in columns.value}
+    named = {name: column for name, column in renamed.items() if column is not None}
+    return ImageSettings(data, named, flag(node, "skip_broken", False))
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """A data set that is ready to train on; `data.Material`.
+
+    Attributes:
+        digest: of images and texts in their order.
+        rows: of each the image, its text and its query, which may be empty.
+        units, held: numbers of rows.
+        notes: on what was left out.
+    """
+
+    settings: DataSettings
+    digest: str
+    rows: Sequence[tuple[Path, str, str]]
+    reader: Reader
+    units: NDArray[np.int64]
+    held: NDArray[np.int64]
+    warm_up: bool = False
+    notes: tuple[str, ...] = ()
+    type: str = "ImageText"
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def of_stage(self, reader: Reader, held: NDArray[np.int64], *, warm_up: bool) -> ImageRows:
+        """As a stage reads it: in a warm-up image and text are one sequence, in a bridge the text is the target."""
+        units = np.setdiff1d(np.arange(len(self.rows), dtype=np.int64), held)
+        return replace(self, reader=reader, units=units, held=held, warm_up=warm_up)
+
+    def example(self, unit: int, draw: np.random.Generator) -> Example:
+        image, caption, query = self.rows[int(unit)]
+        where = f"{self.name}: {image.name}"
+        if self.warm_up:
+            both = f"{query} {caption}" if query else caption
+            return Example(self.reader.ids([both])[0], image=image, where=where)
+        (target,) = self.reader.ids([caption], "target")
+        return Example(self._source(query), target, image=image, where=where)
+
+    def sides(self, unit: int) -> tuple[Example, Example]:
+        """The image with its query, and the text."""
+        image, caption, query = self.rows[int(unit)]
+        return Example(self._source(query), image=image), Example(self._source(caption))
+
+    def _source(self, words: str) -> list[int]:
+        return self.reader.ids([words])[0] if words else []
+
+
+def read_images(
+    settings: Sequence[ImageSettings], reader: Reader, cache: Path, seed: int, progress: Work, *, fresh: bool = False
+) -> list[ImageRows]:
+    """The data sets of images, each image opened once, from the cache or from their sources.
+
+    Args:
+        cache: a folder.
+        fresh: read what the hub has now.
+
+    Raises:
+        CuveeError: at file and row, for one that is wrong; Pillow is not installed.
+    """
+    files, revisions = FileDigests(cache / "files.json"), HubRevisions(cache / "hub.json", fresh=fresh)
+    found = []
+    for entry in settings:
+        data, notes = revisions.pinned(entry.data)
+        entry = replace(entry, data=data)
+        folder = cache / _key(entry, files, seed)
+        files.save()
+        if not (folder / _MARKER).is_file():
+            with staged(folder, force=True, marker=_MARKER) as staging:
+                _write(entry, staging, folder, seed, progress)
+        told = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        rows = [(Path(image), caption, query) for image, caption, query in told["rows"]]
+        none = np.zeros(0, np.int64)
+        found.append(ImageRows(data, told["digest"], rows, reader, none, none, notes=(*told["notes"], *notes)))
+    return found
+
+
+def _key(entry: ImageSettings, files: FileDigests, seed: int) -> str:
+    data = entry.data
+    source = (
+        [data.hub, data.subset, data.split, data.revision]
+        if data.hub is not None
+        else [[file, files.of(Path(file), data.where)] for file in data.files]
+    )
+    drawn = None if data.limit is None else [data.limit, seed]
+    content = ["images", _FORM, source, dict(entry.columns), entry.skip_broken, drawn]
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
+
+
+def _write(entry: ImageSettings, staging: Path, folder: Path, seed: int, progress: Work) -> None:
+    """Reads a source to the end; what comes from a hub is kept as files."""
+    name = entry.data.name
+    every = list(_raw(entry.data))
+    if entry.data.limit is not None and len(every) > entry.data.limit:
+        keep = np.sort(np.random.default_rng(seed).permutation(len(every))[: entry.data.limit])
+        every = [every[row] for row in keep]
+    digest, rows, broken = xxhash.xxh3_128(), [], 0
+    for number, (where, near, raw) in enumerate(every):
+        progress(f"read {name}", number, len(every))
+        caption, query = _text(entry, raw, "text", where), _text(entry, raw, "query", where)
+        image = _value(entry, raw, "image", where)
+        try:
+            file, content = _image(image, near, where)
+            if content is not None:  # of a hub: under a name of our own
+                (staging / f"{number}.image").write_bytes(content)
+                opened(staging / f"{number}.image")
+                file = folder / f"{number}.image"
+            else:
+                opened(file)
+                content = file.read_bytes()
+        except CuveeError as error:
+            if not entry.skip_broken or "Pillow" in error.what:
+                mend = error.mend or "mend or remove the row, or say 'skip_broken: true'"
+                raise CuveeError(error.what, where=where, mend=mend) from None
+            broken += 1
+            continue
+        digest.update(xxhash.xxh3_128_digest(content) + json.dumps([caption, query]).encode())
+        rows.append([str(file), caption, query])
+    progress(f"read {name}", len(every), len(every))
+    if not rows:
+        raise CuveeError(f"the data set '{name}' holds no image that can be read", where=entry.data.where)
+    notes = [f"{name}: {broken} of {len(every)} images cannot be read and are left out"] if broken else []
+    told = {"digest": f"xxh3:{digest.hexdigest()}", "rows": rows, "notes": notes}
+    (staging / _MARKER).write_text(json.dumps(told), encoding="utf-8")
+
+
+def _raw(data: DataSettings) -> Iterator[tuple[str, Path | None, Mapping[str, Any]]]:
+    """Each row with its place and the folder that its image is in."""
+    if data.hub is not None:
+        for where, raw in hub_data.rows(data, decoded=False):
+            yield where, None, raw
+        return
+    for name in data.files:
+        for line, raw in raw_rows(Path(name)):
+            yield f"{name}:{line}", Path(name).parent, raw
+
+
+def _image(value: Any, near: Path | None, where: str) -> tuple[Path, bytes | None]:
+    """The image's file; of a hub its bytes.
+
+    Raises:
+        CuveeError: it is neither, missing, or outside its folder.
+    """
+    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+        return Path(), value["bytes"]
+    if hasattr(value, "save"):  # Pillow's own
+        content = io.BytesIO()
+        value.save(content, format="PNG")
+        return Path(), content.getvalue()
+    if near is None:
+        path = value.get("path") if isinstance(value, Mapping) else None
+        if not isinstance(path, str) or not Path(path).is_file():  # a stranger's text is no path of ours
+            raise CuveeError(f"'image' must be an image, not {value!r:.60}", where=where)
+        return Path(), Path(path).read_bytes()
+    path = value
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise CuveeError(f"'image' must be a path, not {value!r:.60}", where=where)
+    file, root = (near / path).resolve(), near.resolve()
+    if not file.is_relative_to(root):
+        raise CuveeError(f"the image '{path:.80}' is not in the folder of its table", where=where)
+    if not file.is_file():
+        raise CuveeError(f"there is no image '{path:.80}'", where=where)
+    return file, None
+
+
+def _value(entry: ImageSettings, raw: Mapping[str, Any], name: str, where: str) -> Any:
+    """A column by its own name or a usual spelling of it; None for a query that is not there."""
+    spellings = (entry.columns[name],) if name in entry.columns else _SPELLINGS[name]
+    key = next((each for each in spellings if raw.get(each) is not None), None)
+    if key is not None:
+        return raw[key]
+    if name == "query":
+        return None
+    has = ", ".join(f"'{each}'" for each in raw)
+    mend = f"it has {has}: name one by 'columns: {{{name}: …}}'"
+    raise CuveeError(f"has no '{spellings[0]}'", where=where, mend=mend)
+
+
+def _text(entry: ImageSettings, raw: Mapping[str, Any], name: str, where: str) -> str:
+    value = _value(entry, raw, name, where)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise CuveeError(f"'{name}' must be text, not {value!r:.60}", where=where)
+    if not value.strip():
+        raise CuveeError(f"'{name}' is empty", where=where, mend="remove the row")
+    return value

@@ -1,0 +1,191 @@
+"""Images and their texts as data: read once, mistakes at their row, broken ones left out by option; and a run on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embeddings.reconstruction.config import load, parse
+from embeddings.reconstruction.image_rows import ImageRows, read_images
+from embeddings.reconstruction.reader import Reader
+from embeddings.reconstruction.run import pretrain_run
+from merging.errors import CuveeError
+from tests.embeddings.reconstruction import vision
+from tests.embeddings.reconstruction.runs import metrics
+from tests.embeddings.runs import same_weights, table
+
+pytest.importorskip("PIL", reason="needs Pillow: pip install 'cuvee[images]'")
+
+DRAW = np.random.default_rng(0)
+COUNT = 16
+ENTRY = "images:\n  - {file: images.jsonl%s}\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vision.vision_model(tmp_path_factory.mktemp("vl"))
+
+
+def write(place: Path, rows: list[dict[str, Any]] | None = None) -> None:
+    """A table of images with captions."""
+    (place / "img").mkdir(exist_ok=True)
+    own = []
+    for number in range(COUNT):
+        vision.picture(place / "img" / f"{number}.png", number)
+        own.append({"image": f"img/{number}.png", "caption": f"the picture number {number}"})
+    table(place / "images.jsonl", own if rows is None else [*own, *rows])
+
+
+def reader() -> Reader:
+    tokenizer = vision.tokenizer()
+    return Reader(tokenizer, tokenizer.eos_token_id, 5, tokenizer.pad_token_id)
+
+
+def read(place: Path, more: str = "") -> ImageRows:
+    (place / "base").mkdir(exist_ok=True)
+    config = parse("model: base\n" + ENTRY % more, "cocoa", str(place / "config.yml"))
+    (found,) = read_images(config.images, reader(), place / "cache", 0, lambda what, done, total: None)
+    return found
+
+
+def test_a_row_is_an_image_and_what_is_told_of_it(tmp_path: Path) -> None:
+    write(tmp_path)
+    found = read(tmp_path).of_stage(reader(), np.array([3]), warm_up=False)
+    assert len(found) == COUNT and 3 not in found.units and len(found.units) == COUNT - 1
+    example = found.example(2, DRAW)
+    assert example.image == (tmp_path / "img" / "2.png").resolve() and list(example.source) == []
+    assert reader().tokenizer.decode(example.target) == "the picture number 2"
+    whole = found.of_stage(reader(), np.array([3]), warm_up=True).example(2, DRAW)
+    assert whole.target is None and reader().tokenizer.decode(whole.source) == "the picture number 2"
+    image, text = found.sides(2)
+    assert image.image is not None and not image.source and text.image is None and text.source == whole.source
+
+
+def test_columns_may_have_other_names_and_a_query_stands_behind_the_image(tmp_path: Path) -> None:
+    write(tmp_path)
+    row = {"file": "img/0.png", "words": "a square", "ask": "what is it?"}
+    table(tmp_path / "images.jsonl", [row])
+    found = read(tmp_path, ", columns: {image: file, text: words, query: ask}").of_stage(
+        reader(), np.zeros(0, np.int64), warm_up=False
+    )
+    example = found.example(0, DRAW)
+    assert reader().tokenizer.decode(example.source) == "what is it?"
+    assert reader().tokenizer.decode(example.target) == "a square"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"image": "img/none.png", "caption": "x"}, "images.jsonl:17: there is no image 'img/none.png'"),
+        ({"image": "broken.png", "caption": "x"}, "images.jsonl:17: is no image that can be read"),
+        ({"image": "../secret.png", "caption": "x"}, "images.jsonl:17: the image '../secret.png' is not in the folder"),
+        ({"image": "/etc/passwd", "caption": "x"}, "images.jsonl:17: the image '/etc/passwd' is not in the folder"),
+        ({"image": 5, "caption": "x"}, "images.jsonl:17: 'image' must be a path, not 5"),
+        ({"image": "img/0.png"}, "images.jsonl:17: has no 'text'"),
+        ({"image": "img/0.png", "caption": " "}, "images.jsonl:17: 'text' is empty"),
+        ({"image": "img/0.png", "caption": 7}, "images.jsonl:17: 'text' must be text, not 7"),
+        ({"caption": "x"}, "images.jsonl:17: has no 'image'"),
+    ],
+)
+def test_mistakes_name_file_and_row(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    place = tmp_path / "data"
+    place.mkdir()
+    (place / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+    vision.picture(tmp_path / "secret.png")
+    write(place, [row])
+    with pytest.raises(CuveeError) as caught:
+        read(place)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "data"
+    place.mkdir()
+    vision.picture(tmp_path / "secret.png")
+    (place / "link.png").symlink_to(tmp_path / "secret.png")
+    write(place, [{"image": "link.png", "caption": "x"}])
+    with pytest.raises(CuveeError, match="is not in the folder of its table"):
+        read(place)
+
+
+def test_broken_images_are_left_out_by_option_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes((vision.picture(tmp_path / "whole.png")).read_bytes()[:60])
+    write(tmp_path, [{"image": "broken.png", "caption": "x"}, {"image": "none.png", "caption": "y"}])
+    found = read(tmp_path, ", skip_broken: true")
+    assert len(found) == COUNT
+    assert found.notes == ("images: 2 of 18 images cannot be read and are left out",)
+    assert found.digest == read(tmp_path, ", skip_broken: true").digest  # from the cache
+
+
+def test_a_limit_draws_some_by_the_seed(tmp_path: Path) -> None:
+    write(tmp_path)
+    found = read(tmp_path, ", limit: 5")
+    assert len(found) == 5 and len({image for image, _, _ in found.rows}) == 5
+
+
+def test_a_data_set_of_the_hubs_form_keeps_its_images_as_files(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    write(tmp_path)
+    rows = [{"image": (tmp_path / "img" / f"{n}.png").read_bytes(), "text": f"number {n}"} for n in range(3)]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    columns = {"image": [{"bytes": row["image"], "path": None} for row in rows], "text": [row["text"] for row in rows]}
+    (tmp_path / "hub").mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "hub" / "train.parquet")
+    (tmp_path / "base").mkdir()
+    config = parse("model: base\nimages: [{hub: hub}]\n", "cocoa", str(tmp_path / "config.yml"))
+    (found,) = read_images(config.images, reader(), tmp_path / "cache", 0, lambda what, done, total: None)
+    assert len(found) == 3
+    image, text, _ = found.rows[1]
+    assert text == "number 1" and image.read_bytes() == rows[1]["image"] and image.is_relative_to(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("objective", "more", "said"),
+    [
+        ("llm-ql", "", "config.yml:2: llm-ql reads no images"),
+        ("cocoa", "contrastive: {steps: 2}\n", "'images' and 'contrastive' exclude each other"),
+        ("cocoa", "data: [{file: images.jsonl}]\n", "two data sets are named 'images'"),
+    ],
+)
+def test_what_does_not_go_together_is_told_with_its_line(tmp_path: Path, objective: str, more: str, said: str) -> None:
+    write(tmp_path)
+    (tmp_path / "base").mkdir()
+    with pytest.raises(CuveeError) as caught:
+        parse("model: base\n" + ENTRY % "" + more, objective, str(tmp_path / "config.yml"))
+    assert said in str(caught.value)
+
+
+def test_a_run_on_images_and_texts_is_the_same_after_any_interruption(model: Path, tmp_path: Path) -> None:
+    write(tmp_path)
+    table(tmp_path / "pairs.jsonl", [{"query": f"number {n}", "positive": f"the {n}th"} for n in range(24)])
+    (tmp_path / "config.yml").write_text(
+        f"model: {model}\n" + ENTRY % "" + "data: [{file: pairs.jsonl}]\nbatch_size: 4\nmax_length: 24\nheld_out: 6\n"
+        "learning_rate: 1.0e-3\nsave_every: 5\nwarm_up: {steps: 12}\nbridge: {steps: 12}\n",
+        encoding="utf-8",
+    )
+    config, told = load(tmp_path / "config.yml", "cocoa"), list[str]()
+    result = pretrain_run(config, tmp_path / "run", note=told.append)
+    assert result["model"] == str(tmp_path / "run" / "language_model") and "embeds" in told[-1]
+    lines = metrics(tmp_path / "run")
+    assert any("patch_loss" in line for line in lines if line["stage"] == "warm_up")
+    assert {"alignment", "rank"} <= lines[-1]["held_out"].keys()
+    past = json.loads((tmp_path / "run" / "cuvee.json").read_text("utf-8"))
+    assert past["data"]["images"]["rows"] == COUNT
+
+    calls = 0
+
+    def stop(what: str, done: int, total: int) -> None:
+        nonlocal calls
+        calls += what == "pretrain warm_up" and done == 8
+        if what == "pretrain bridge" and done == 8 and calls == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain_run(config, tmp_path / "other", progress=stop)
+    pretrain_run(config, tmp_path / "other")
+    assert same_weights(tmp_path / "other" / "language_model", tmp_path / "run" / "language_model")
+    assert metrics(tmp_path / "other") == lines
