@@ -94,9 +94,10 @@ def cross_entropy(model: Reconstructor, hidden: torch.Tensor, batch: Batch) -> t
 
 
 def predicted_mean(model: Reconstructor, hidden: torch.Tensor, batch: Batch) -> Outcome:
-    """The mean loss of all predictions."""
+    """The mean loss of all predictions; 0 where a batch has none: texts of one token."""
     losses, right = cross_entropy(model, hidden, batch)
-    return Outcome(losses.mean(), {"accuracy": right.float().mean()}, len(batch.labels))
+    count = max(1, len(losses))
+    return Outcome(losses.sum() / count, {"accuracy": right.sum() / count}, len(losses))
 
 
 def drawn(share: float, among: NDArray[np.bool_], draw: np.random.Generator) -> NDArray[np.bool_]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class Reader:
     pack: int = 0
     processor: Any = field(default=None, repr=False)
 
-    @property
+    @cached_property
     def start_tokens(self) -> int:
         """How many tokens the tokenizer puts before a source (BOS)."""
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -50,7 +51,13 @@ class Reader:
         if not texts:
             return []
         source = side == "source"
-        rows = self.tokenizer(list(texts), add_special_tokens=source, return_attention_mask=False)["input_ids"]
+        rows = self.tokenizer(
+            list(texts),
+            add_special_tokens=source,
+            return_attention_mask=False,
+            truncation=True,
+            max_length=self.max_length[side] + 1,  # it may put EOS there
+        )["input_ids"]
         return [self.cut(row, side) for row in rows]
 
     def cut(self, ids: Sequence[int], side: str = "source") -> list[int]:

@@ -52,6 +52,18 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**_SIZES, "tie_word_embeddings": True}),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**_GEMMA, "final_logit_softcapping": 3.0}),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**_GEMMA, "sliding_window_pattern": 2}),
+    # Of these alone the logits tell where a sequence begins: rotary positions are relative.
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {
+            **{name: _SIZES[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "initializer_range")},
+            "n_embd": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 64,
+        },
+    ),
     "qwen2-vl": (
         "Qwen2VLConfig",
         "Qwen2VLForConditionalGeneration",

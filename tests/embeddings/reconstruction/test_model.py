@@ -22,6 +22,7 @@ from tests.embeddings.reconstruction.models import (
     FIRST_WORD,
     PAD,
     TEXT_MODELS,
+    VOCABULARY,
     WINDOWED,
     folder,
     module,
@@ -198,7 +199,9 @@ def watched(model: Reconstructor, cut_at_eos: Batch | None) -> list[torch.Tensor
 
 
 def layers(model: Reconstructor) -> Any:
-    return next(own for name, own in model.module.named_modules() if name.endswith("layers") and "visual" not in name)
+    return next(
+        own for name, own in model.module.named_modules() if name.endswith(("layers", ".h")) and "visual" not in name
+    )
 
 
 @pytest.mark.parametrize("pattern", ["collaborative", "attention_stop"])
@@ -380,6 +383,52 @@ def scaled(model: Any) -> None:
         return found
 
     model.forward = other
+
+
+def test_weak_layers_are_no_silent_error() -> None:
+    """Fresh weights hardly move what goes through them."""
+    config_class, model_class, sizes = ARCHITECTURES["llama"]
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**{**sizes, "initializer_range": 0.005})
+    Reconstructor(getattr(transformers, model_class)(config), tokenizer(), dtype="bfloat16", base="weak")
+
+
+def test_flex_attention_is_for_a_gpu(tmp_path: Path) -> None:
+    settings = ModelSettings(str(folder("llama", tmp_path)))
+    with pytest.raises(CuveeError, match="does not learn on a CPU"):
+        open_reconstructor(settings, attention="flex_attention")
+
+
+def test_an_attention_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CuveeError, match="choose sdpa, eager, flex_attention"):
+        open_reconstructor(ModelSettings(str(tmp_path)), attention="flash")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
+def test_embedding_length_is_that_of_what_the_layers_read(name: str) -> None:
+    model = reconstructor(name)
+    with torch.inference_mode():
+        read = model.module.get_input_embeddings()(torch.arange(VOCABULARY))
+    assert model.embedding_length == pytest.approx(float(read.norm(dim=1).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_only_keeps_what_is_asked_for(left: bool) -> None:
+    batch = batch_of("collaborative", left=left)
+    source = batch.only((batch.segments == SOURCE) | (batch.segments == EOS), "bidirectional")
+    target = batch.only((batch.segments == EOS) | (batch.segments == TARGET), "bidirectional")
+    assert not len(source.places) and target.pattern == "bidirectional"
+    assert torch.equal(target.labels, batch.labels)
+    for number, row in enumerate(rows()):
+        own, segments = source.ids[number], source.segments[number]
+        assert own[segments != PADDING].tolist() == row.ids[row.segments != TARGET].tolist()
+        own, segments = target.ids[number], target.segments[number]
+        assert own[segments != PADDING].tolist() == row.ids[row.segments != SOURCE].tolist()
+        assert segments[segments != PADDING].tolist() == row.segments[row.segments != SOURCE].tolist()
+    behind = target.ids[target.places[:, 0], target.places[:, 1] + 1]
+    assert torch.equal(behind, target.labels)  # nothing is masked here
 
 
 def test_a_tokenizer_without_eos_is_refused() -> None:

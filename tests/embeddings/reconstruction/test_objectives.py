@@ -16,6 +16,7 @@ from embeddings.reconstruction.model import Reconstructor
 from embeddings.reconstruction.objective import Example, Objective
 from embeddings.reconstruction.reader import Reader
 from embeddings.reconstruction.retromae import RetroMAE
+from embeddings.training.decoder import append_eos
 from merging.errors import CuveeError
 from tests.embeddings.reconstruction.models import (
     ARCHITECTURES,
@@ -80,6 +81,9 @@ def test_reader_leaves_eos_out_and_cuts() -> None:
     assert reader.ids(["w5 w6 w7 w8 w9"], "target") == [[5, 6, 7, 8]]
     assert reader.cut([5, EOS_ID, EOS_ID]) == [5]
     assert reader.ids([]) == []
+    closing = reader_of(length=4)
+    append_eos(closing.tokenizer, "tokenizer")
+    assert closing.ids(["w5 w6 w7 w8 w9", "w5"]) == [[BOS, 5, 6], [BOS, 5]]
     assert reader.start_tokens == 1 and reader_of(bos=False).start_tokens == 0
 
 
@@ -237,7 +241,7 @@ def test_retromae_adds_the_mean_of_each_copy() -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3", "gpt2"])
 def test_packing_changes_no_loss(architecture: str, name: str) -> None:
     model, objective = reconstructor(architecture), OBJECTIVES[name]
     found = []
@@ -266,6 +270,14 @@ def test_a_few_steps_teach(architecture: str, name: str) -> None:
         optimizer.zero_grad()
         losses.append(outcome.plain()["loss"])
     assert np.isfinite(losses).all() and losses[-1] < 0.9 * losses[0]
+
+
+def test_texts_of_one_token_teach_nothing_and_harm_nothing() -> None:
+    model = reconstructor("llama")
+    batch = WarmUp().collate([Example([5])], model.reader(), draw())
+    outcome = WarmUp().loss(model, batch)
+    outcome.loss.backward()
+    assert outcome.plain() == {"loss": 0.0, "accuracy": 0.0} and outcome.predictions == 0
 
 
 # ---- the bridge by the embedding ----
