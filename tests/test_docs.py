@@ -139,6 +139,20 @@ def test_the_page_on_training_shows_what_can_be_trained(tmp_path: Path, monkeypa
     assert (row.query, row.positives, row.negatives) == ("q", ("a", "b"), ("c",))
 
 
+def test_the_page_on_pretraining_shows_what_can_be_pre_trained(tmp_path: Path) -> None:
+    from embeddings.reconstruction import config
+
+    for name in ("pairs.jsonl.gz", "images.jsonl"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "SmolLM2-135M").mkdir()
+    whole, after = code_blocks(ROOT / "docs" / "pretrain.md", "yaml")
+    read = config.parse(whole, "cocoa", str(tmp_path / "config.yml"))
+    assert [stage.name for stage in read.stages] == ["warm_up", "bridge"] and len(read.images) == 1
+    for objective in config.STAGES:
+        found = config.parse(after, objective, str(tmp_path / "config.yml")).contrastive
+        assert found is not None and found.gradient_cache == 8192
+
+
 @pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
