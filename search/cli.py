@@ -67,9 +67,16 @@ def _tell(result: dict[str, Any]) -> None:
             f"would search {varied} by {result['engine']} in {result['trials']} trials, {result['start']} of them given"
         )
         return
-    score = result["best"]["score"]
-    shown = f"{score:.4f}" if isinstance(score, float) else ", ".join(f"{each:.4f}" for each in score)
+    score, front = result["best"]["score"], result.get("front")
+    shown = f"best {score:.4f}" if front is None else f"{len(front)} on the front, of the best mean {_named(result)}"
     failed = f", {result['failed']} failed" if result["failed"] else ""
+    ended = {"seconds": ", the time being up", "no_gain": ", the last of them no better"}.get(result["ended"], "")
     say(
-        f"{varied} in {result['trials']} trials{failed}: best {shown} at trial {result['best']['trial']}; {result['model']}"
+        f"{varied} in {result['trials']} trials{failed}{ended}: {shown} at trial {result['best']['trial']}; {result['model']}"
     )
+
+
+def _named(result: dict[str, Any]) -> str:
+    """The scores of the point that was taken, by task."""
+    tasks = zip(result["tasks"], result["best"]["score"], strict=True)
+    return ", ".join(f"{task} {score:.4f}" for task, score in tasks)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import CuveeError
+from merging.methods import registry
 from merging.setting import did_you_mean
 from search.cocktail import TEMPERATURE, alone
 from search.space import Dimension, Space
@@ -80,7 +81,7 @@ def uniform(space: Space) -> list[dict[str, Any]]:
     What is no weight of a model is at the method's default. Weights that are divided by their sum need one of the two.
     """
     shares = [1 / space.models, 1 / math.sqrt(space.models)]
-    if space.fixed.get("normalize") is True or not any(d.model is not None for d in space.dimensions):
+    if _divided(space) or not any(d.model is not None for d in space.dimensions):
         shares = shares[:1]
     found: list[dict[str, Any]] = []
     for share in shares:
@@ -143,6 +144,16 @@ def from_study(space: Space, start: Start) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CuveeError(f"'{file}' cannot be read as a search's trials", where=start.where) from None
     return found
+
+
+def _divided(space: Space) -> bool:
+    """Whether weights are divided by their sum, where nothing else is tried."""
+    known = registry.get(space.method).parameters
+    for name in ("normalize", "normalize_weights"):
+        if name in known:
+            usual = next((d.default for d in space.dimensions if d.parameter == name), known[name].default)
+            return space.fixed.get(name, usual) is True
+    return False
 
 
 def _given(dimension: Dimension, space: Space, start: Start) -> Any:

@@ -98,7 +98,7 @@ def search_run(
         study = open_study(settings, run, config.storage, config.where)
         _search(study, config, run, device, progress, note)
         trials = study.trials()
-        _write_tables(run, space, trials)
+        _write_tables(run, study, trials)
         found = choose.best(space, trials, config.recommend)
         if found is None:
             raise CuveeError(f"no trial succeeded, the last one: {trials[-1].error}", where=config.where)
@@ -165,7 +165,7 @@ def _search(
     note: Callable[[str], None],
 ) -> None:
     """All trials that are missing."""
-    space, settings, scratch = study.settings.space, study.settings, run / _SCRATCH
+    settings, scratch = study.settings, run / _SCRATCH
     orphans = study.orphans()
     if not orphans and study.ended() is not None:
         return
@@ -173,7 +173,7 @@ def _search(
 
     def told(trial: Trial) -> None:
         trials = study.trials()
-        _write_tables(run, space, trials)
+        _write_tables(run, study, trials)
         if trial.error:
             note(f"trial {trial.number} failed: {trial.error}")
         done, total = len(trials), max(len(trials), settings.trials)
@@ -196,7 +196,9 @@ def _search(
 
 def _result(space: Space, trials: Sequence[Trial], found: Trial, study: Study) -> dict[str, Any]:
     score = found.values[0] if len(found.values) == 1 else list(found.values)
+    front = [trial.number for trial in choose.front(trials)] if len(found.values) > 1 else None
     return {
+        **({} if front is None else {"front": front, "tasks": list(study.settings.goal.front)}),
         "best": {"score": score, "coefficients": space.coefficients(found.point), "trial": found.number},
         "trials": len(trials),
         "failed": sum(bool(trial.error) for trial in trials),
@@ -218,7 +220,8 @@ def _write_model(config: SearchConfig, space: Space, found: Trial, run: Path, de
     engine.merge(recipe, run / MODEL, seed=config.seed, device=device, force=True)
 
 
-def _write_tables(run: Path, space: Space, trials: Sequence[Trial]) -> None:
+def _write_tables(run: Path, study: Study, trials: Sequence[Trial]) -> None:
+    space, goal = study.settings.space, study.settings.goal
     rows = [
         {
             "number": trial.number,
@@ -236,8 +239,8 @@ def _write_tables(run: Path, space: Space, trials: Sequence[Trial]) -> None:
     tasks = list(dict.fromkeys(task for trial in trials for task in trial.tasks))
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    count = max((len(trial.values) for trial in trials), default=1)
-    values = ["score"] if count == 1 else [f"score.{i}" for i in range(count)]
+    values = [f"score.{task}" for task in goal.front] or ["score"]
+    count = len(values)
     points = [d.name for d in space.dimensions]
     writer.writerow(["number", "state", *values, "feasible", *points, *tasks, "seconds", "error"])
     for trial, row in zip(trials, rows, strict=True):

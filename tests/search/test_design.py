@@ -26,6 +26,17 @@ def test_one_uniform_point_where_weights_are_divided_by_their_sum() -> None:
     assert [set(p.values()) for p in design(space, (Start("uniform"),), 0)] == [{0.25}]
 
 
+@pytest.mark.parametrize(("method", "count"), [("linear", 1), ("ties", 1), ("multislerp", 1), ("dare_linear", 2)])
+def test_so_too_where_the_method_divides_them_by_itself(method: str, count: int) -> None:
+    entry = registry.get(method)
+    assert len(design(make_space(entry, 4, {}), (Start("uniform"),), 0)) == count
+    name = next(name for name in entry.parameters if name.startswith("normalize"))
+    vary = make_space(entry, 4, {"weight": Vary(low=0, high=1, per="model"), name: Vary(choices=(False, True))})
+    assert len(design(vary, (Start("uniform"),), 0)) == count
+    fixed = make_space(entry, 4, {"weight": Vary(low=0, high=1, per="model"), name: Vary(value=False)})
+    assert len(design(fixed, (Start("uniform"),), 0)) == 2
+
+
 def test_the_users_points_come_in_order_and_only_once() -> None:
     first = Start("point", values={"weight": [0.1, 0.2, 0.3, 0.4]})
     points = design(SPACE, (first, Start("point", values={"weight": 0.25}), Start("uniform"), first), 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from embeddings.training.update import update_model
 from merging import lineage
 from merging.engine import merge_file
 from merging.errors import CuveeError
+from tests.commands import start
 from tests.embeddings.runs import config_of, pairs, rows_of, same_weights, table
 from tests.embeddings.training.test_bag import stamps
 
@@ -87,6 +90,31 @@ def test_run_again_nothing_is_made_again(done: tuple[Path, dict[str, Any]], conf
     before = stamps(run)
     assert train_run(config, run)["weights"] == result["weights"]
     assert stamps(run) == before
+
+
+def test_a_killed_search_goes_on_to_the_same_model(
+    done: tuple[Path, dict[str, Any]], config: TrainingConfig, tmp_path: Path
+) -> None:
+    whole, result = done
+    run = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True, ignore=shutil.ignore_patterns("search*", "model")))
+    members = stamps(run / "members")
+    train = start("train", config.where, run)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not ((run / "search" / "trials.jsonl").is_file() and trials(run)):
+        time.sleep(0.005)
+    train.kill()
+    assert train.wait().code == -signal.SIGKILL
+    assert 1 <= len(trials(run)) < 3 and not (run / "model").exists()
+    again = start("train", config.where, run, "--json").wait()
+    assert again.code == 0, again.err
+    assert [(row["point"], row["values"]) for row in trials(run)] == [
+        (row["point"], row["values"]) for row in trials(whole)
+    ]
+    assert again.json["weights"]["best"] == result["weights"]["best"]
+    assert same_weights(run / "model", whole / "model")
+    assert stamps(run / "members") == members, "no member is trained again"
+    assert not (run / "search" / ".scratch").exists()
+    shutil.rmtree(tmp_path)
 
 
 def test_a_longer_search_goes_on_and_another_begins_anew(
