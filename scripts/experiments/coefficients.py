@@ -103,9 +103,12 @@ class Coefficients:
         scored: dict[str, dict[str, float]] = {}
         for count in (*(c for c in COUNTS if c < self.options.trials), self.options.trials):
             best = max((row for row in rows[:count] if row["values"]), key=lambda row: row["values"][0])
-            key = str(best["number"])
+            last = count == self.options.trials
+            key = f"{best['number']} {last}"
             if key not in scored:
-                scored[key] = self._test(config, best["point"], seed)
+                scored[key] = self._test(
+                    config, best["point"], seed, [*self.lab.tasks, *(self.lab.others if last else ())]
+                )
             found["test"][str(count)] = scored[key]
             found["best"][str(count)] = {"validation": best["values"][0], "point": best["point"]}
         shutil.rmtree(self.out / name / "model")
@@ -140,12 +143,14 @@ class Coefficients:
         }
         return search_config.parse(yaml.safe_dump(settings), str(self.out / "search.yml"))
 
-    def _test(self, config: search_config.SearchConfig, point: Mapping[str, Any], seed: int) -> dict[str, float]:
+    def _test(
+        self, config: search_config.SearchConfig, point: Mapping[str, Any], seed: int, tasks: Sequence[str]
+    ) -> dict[str, float]:
         out = self.out / "merged"
         shutil.rmtree(out, ignore_errors=True)
         recipe = recipe_of(config, space_of(config).coefficients(point), where="best.yml")
         engine.merge(recipe, out, seed=seed, device=self.options.device, force=True)
-        return self.lab.score(out, [*self.lab.tasks, *self.lab.others])
+        return self.lab.score(out, tasks)
 
     def _rate(self) -> float:
         """The learning rate that is best for the first seed by the mean validation score."""
@@ -179,9 +184,10 @@ def report(lab: Coefficients, options: argparse.Namespace) -> str:
     lines.append(["---", *("---:" for _ in lines[0][1:])])
 
     def row(title: str, count: str, share: str, tests: Sequence[Mapping[str, float]]) -> None:
-        groups = [[statistics.fmean(test[t] for t in names) for test in tests] for names in (tasks, others)]
+        there = [names for names in (tasks, others) if set(names) <= tests[0].keys()]
+        groups = [points([statistics.fmean(test[t] for t in names) for test in tests]) for names in there]
         each = [f"{100 * statistics.fmean(test[task] for test in tests):.1f}" for task in tasks]
-        lines.append([title, count, share, *map(points, groups), *each])
+        lines.append([title, count, share, groups[0], groups[1] if groups[1:] else "", *each])
 
     def known(name: str) -> list[Mapping[str, float]]:
         return [lab.lab.record(name, seed)["test"] for seed in seeds]
