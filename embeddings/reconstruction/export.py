@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from embeddings.reconstruction.image_export import reads_images, write_image_model
 from embeddings.training import backbone
 from embeddings.training.config import ModelSettings
 from embeddings.training.data_settings import SIDES
@@ -41,6 +42,14 @@ def write_embedding_model(
     Raises:
         CuveeError: its architecture cannot look to both sides, or its tokenizer cannot append EOS.
     """
+    longest, where = max(max_length[side] for side in SIDES), settings.where or "model"
+    if reads_images(language_model):
+        with staged(out, force=force) as staging:
+            write_image_model(
+                language_model, staging, bidirectional=bidirectional, longest=longest, where=where, name=out.name
+            )
+            lineage.write(staging, content)
+        return
     plain = replace(
         settings,
         path=str(language_model),
@@ -53,9 +62,8 @@ def write_embedding_model(
         lora=None,
         gradient_checkpointing=False,
     )
-    opened = backbone.open_backbone(plain, max_length=max_length, device="cpu", where=settings.where or "model")
+    opened = backbone.open_backbone(plain, max_length=max_length, device="cpu", where=where)
     own = opened.transformer.max_seq_length
-    longest = max(max_length[side] for side in SIDES)
     opened.transformer.max_seq_length = longest if own is None else min(own, longest)
     with staged(out, force=force) as staging:
         opened.save(staging)

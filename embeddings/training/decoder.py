@@ -41,7 +41,7 @@ def make_bidirectional(module: Any, where: str) -> None:
     """
     if looks_ahead(module):
         return
-    module.model.config.is_causal = False
+    module.model.config.get_text_config().is_causal = False  # of a vision–language model a part
     if not looks_ahead(module):
         what = f"{type(module.model).__name__} cannot be made bidirectional with this version of transformers"
         raise CuveeError(what, where=where, mend="update transformers (5.2 or newer), or leave 'bidirectional' out")
