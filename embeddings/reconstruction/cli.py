@@ -21,8 +21,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")]
 def register(app: typer.Typer) -> None:
     """Adds this package's command to the front door."""
     group = typer.Typer(
-        help="Teach a decoder to put a text into its EOS embedding, by reconstruction, before contrastive training.",
-        no_args_is_help=True,
+        help="Teach a decoder to put a text into its EOS embedding, by reconstruction, before contrastive training."
     )
     group.command()(cocoa)
     group.command("llm-ql")(llm_ql)

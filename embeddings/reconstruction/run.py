@@ -1,15 +1,6 @@
 """A pre-training from its configuration to an embedding model: stages one after the other, then the export.
 
-    stages/<name>/     the language model after a stage; what is there is not trained again
-    language_model/    the last of them: AutoModelForCausalLM.from_pretrained
-    model/             its embedding model: SentenceTransformer(…)
-    contrastive/       with `contrastive:`, a run of `cuvee train` on model/
-    metrics.jsonl      losses, and what was measured on held-out rows
-    data/              token ids of all texts
-    work/              of a stage that is not done
-    cuvee.json         settings, stages, costs
-
-The same command on it makes only what is missing.
+Its folder is that of `run_folder`, and the same command on it makes only what is missing.
 """
 
 from __future__ import annotations
@@ -28,6 +19,7 @@ import xxhash
 
 from embeddings.reconstruction.cocoa import Bridge, WarmUp
 from embeddings.reconstruction.config import PretrainingConfig, StageSettings
+from embeddings.reconstruction.contrastive import check_contrastive, train_contrastive
 from embeddings.reconstruction.data import HeldOut, Material, Pairs, Sides, Texts, hold_out, read_sets
 from embeddings.reconstruction.export import linked_copy, write_embedding_model
 from embeddings.reconstruction.image_rows import ImageRows, read_images
@@ -36,6 +28,18 @@ from embeddings.reconstruction.measure import Measure
 from embeddings.reconstruction.objective import Objective
 from embeddings.reconstruction.reader import Reader
 from embeddings.reconstruction.retromae import RetroMAE
+from embeddings.reconstruction.run_folder import (
+    COMMAND,
+    CONTRASTIVE,
+    DATA,
+    LANGUAGE_MODEL,
+    METRICS,
+    MODEL,
+    STAGES,
+    WORK,
+    check_claim,
+    claim,
+)
 from embeddings.reconstruction.train import Job, plan_of, train
 from embeddings.training import metrics
 from embeddings.training.config import ModelSettings
@@ -45,19 +49,13 @@ from embeddings.training.options import Options, refuse_device
 from embeddings.training.run_folder import at_work
 from embeddings.training.train import Trained
 from merging import lineage
-from merging.errors import CuveeError
 from merging.loading import only_our_words
-from merging.output import just_begun, write_whole
+from merging.output import write_whole
 from merging.progress import Work
 
 if TYPE_CHECKING:
     from embeddings.reconstruction.model import Reconstructor
 
-STAGES, LANGUAGE_MODEL, MODEL, CONTRASTIVE, WORK, DATA = (
-    *("stages", "language_model", "model", "contrastive", "work", "data"),
-)
-METRICS, _CONFIG, _COMMAND = "metrics.jsonl", "config.yml", "pretrain"
-_MADE = (STAGES, LANGUAGE_MODEL, MODEL, CONTRASTIVE, WORK, METRICS)  # `data` serves another configuration too
 _OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
     "warm_up": WarmUp,
     "bridge": Bridge,
@@ -92,11 +90,12 @@ def pretrain_run(
     run, options = Path(run).absolute(), options or Options()
     progress, note = progress or (lambda what, done, total: None), note or (lambda line: None)
     refuse_device(options)
-    _check_claim(run, config, force=options.force)
+    check_claim(run, config, force=options.force)
     with at_work(run), only_our_words():
-        _claim(run, config, force=options.force)
+        claim(run, config, force=options.force)
         opened = _Opened(config, options.device)
         material = _read(config, opened.reader(), run / DATA, progress, note, fresh=options.force)
+        check_contrastive(config, material.sets, run / MODEL, run / CONTRASTIVE, force=options.force)
         jobs = _jobs(config, material, run)
         content = {"base": config.model.path, "objective": config.objective, "config": config.plain()}
         trained: dict[str, Trained] = {}
@@ -118,7 +117,7 @@ def pretrain_run(
         if opened.reads_images:
             note(f"of a model that reads images there is no model/: {run / LANGUAGE_MODEL}, pooled by EOS, embeds")
         elif not (run / MODEL).exists():
-            own = {"command": _COMMAND, **content, "stages": {name: asdict(done) for name, done in trained.items()}}
+            own = {"command": COMMAND, **content, "stages": {name: asdict(done) for name, done in trained.items()}}
             write_embedding_model(
                 run / LANGUAGE_MODEL,
                 run / MODEL,
@@ -127,7 +126,7 @@ def pretrain_run(
                 max_length=config.max_length,
                 content=own,
             )
-        after = _contrastive(config, run, options, progress, note)
+        after = train_contrastive(config, run / MODEL, run / CONTRASTIVE, options=options, progress=progress, note=note)
         result = LANGUAGE_MODEL if opened.reads_images else MODEL
         return _finish(config, run, options, began, trained, material, after, result)
 
@@ -143,16 +142,17 @@ def plan(
     options, progress = options or Options(), progress or (lambda what, done, total: None)
     run = Path(run).absolute()
     refuse_device(options)
-    _check_claim(run, config, force=options.force)
+    check_claim(run, config, force=options.force)
     with tempfile.TemporaryDirectory() as scratch, only_our_words():
         opened = _Opened(config, "cpu")
         material = _read(config, opened.reader(), Path(scratch), progress, lambda line: None)
+        check_contrastive(config, material.sets, run / MODEL, run / CONTRASTIVE, force=options.force)
         jobs = _jobs(config, material, run)
         for job in jobs:
             _try_out(job)
         plans = {job.stage.name: plan_of(job.stage, job.materials, job.seed) for job in jobs}
         return {
-            "command": _COMMAND,
+            "command": COMMAND,
             "dry_run": True,
             "objective": config.objective,
             "out": str(run),
@@ -310,65 +310,7 @@ def _try_out(job: Job) -> None:
 
 
 def _sinks(options: Options, run: Path) -> list[Sink]:
-    return sinks(options.logs, run, _COMMAND)
-
-
-def _contrastive(
-    config: PretrainingConfig, run: Path, options: Options, progress: Work, note: Note
-) -> dict[str, Any] | None:
-    after = config.contrastive_of(run / MODEL)
-    if after is None:
-        return None
-    from embeddings.training.bag import train_run
-
-    return train_run(after, run / CONTRASTIVE, options=options, progress=progress, note=note)
-
-
-def _check_claim(run: Path, config: PretrainingConfig, *, force: bool) -> bool:
-    """Whether the folder holds a run of the same configuration; False: it is empty, missing, or `force` says it may go.
-
-    Raises:
-        CuveeError: it is something else.
-    """
-    try:
-        if not run.is_dir() or just_begun(run) or not any(run.iterdir()):
-            return False
-    except OSError as error:
-        raise CuveeError(f"cannot be looked into: {error.strerror}", where=str(run)) from None
-    mend = "choose another folder"
-    if not (run / lineage.FILE).is_file():
-        raise CuveeError("is not empty and none of our outputs", where=str(run), mend=mend)
-    past = lineage.read(run)
-    if past.get("command") != _COMMAND:
-        raise CuveeError(f"is an output of `cuvee {past.get('command')}`", where=str(run), mend=mend)
-    if "state" not in past:
-        raise CuveeError("is a model, no run's folder", where=str(run), mend=mend)
-    if past["state"] == "begun" and not any((run / part).exists() for part in _MADE):
-        return False  # its data or settings were refused: mended, they are another configuration
-    if past.get("config") == config.plain():
-        return True
-    if not force:
-        mend = "choose another folder, or add --force to train anew"
-        raise CuveeError("holds a run of another configuration", where=str(run), mend=mend)
-    return False
-
-
-def _claim(run: Path, config: PretrainingConfig, *, force: bool) -> None:
-    """As `_check_claim`; and the folder is of this configuration from now on, without what was made by another."""
-    same = _check_claim(run, config, force=force)
-    if force or not same:
-        for part in _MADE:
-            _remove(run / part)
-        begun = {"command": _COMMAND, "state": "begun", "config": config.plain()}
-        write_whole(run / lineage.FILE, lineage.text(begun))  # what holds it is ours, wherever we are killed
-    write_whole(run / _CONFIG, config.text)
-
-
-def _remove(part: Path) -> None:
-    if part.is_dir():
-        shutil.rmtree(part, ignore_errors=True)
-    else:
-        part.unlink(missing_ok=True)
+    return sinks(options.logs, run, COMMAND)
 
 
 def _finish(
@@ -386,7 +328,7 @@ def _finish(
     rows, seconds = sum(done.rows for done in trained.values()), sum(done.seconds for done in trained.values())
     measured = [line for line in metrics.read(run / METRICS) if "held_out" in line]
     summary: dict[str, Any] = {
-        "command": _COMMAND,
+        "command": COMMAND,
         "objective": config.objective,
         "out": str(run),
         "model": str(run / result),

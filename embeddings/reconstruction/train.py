@@ -206,6 +206,8 @@ class _Session:
         draw = np.random.default_rng([job.seed, 4, number])
         examples = [example for part in plan[number] for example in self._examples(part, draw)]
         size = job.stage.micro_batch or len(examples)
+        if size < len(examples):  # those of like length together: less padding
+            examples.sort(key=lambda example: len(example.source) + len(example.target or ()))
         parts = (examples[start : start + size] for start in range(0, len(examples), size))
         return [job.objective.collate(part, job.reader, draw) for part in parts]
 
@@ -223,7 +225,7 @@ class _Session:
         device = self.model.device
         predictions = sum(len(batch.labels) for batch in batches)
         numbers: dict[str, Any] = {}
-        devices = [device] if device.type == "cuda" else []
+        devices = [device.index or 0] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             for place, batch in enumerate(batches):
                 # Dropout knows no generator but the global one: a resumed run drops what the other would have.

@@ -167,6 +167,34 @@ def test_the_contrastive_stage_trains_the_result(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "contrastive" / "model" / "model.safetensors").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("contrastive: {steps: 2, data: [{file: wrong.jsonl}]}\n", "wrong.jsonl:2: has no 'positive'"),
+        ("contrastive: {steps: 2, loss: {name: infonse}}\n", "did you mean 'infonce'?"),
+        ("contrastive: {steps: 2, bags: [50, 100], merge: {method: slerp}}\n", "slerp"),
+    ],
+)
+def test_mistakes_in_the_contrastive_stage_are_told_before_anything_is_trained(
+    place: Path, more: str, said: str
+) -> None:
+    table(place / "wrong.jsonl", [*rows(1), {"query": "w7"}])
+    config = write_config(place, SHORT + more, name="wrong.yml")
+    for arguments in ((), ("--dry-run",)):
+        assert said in refused(commands.run("pretrain", "cocoa", config, place / "never", *arguments))
+        assert not (place / "never" / "stages").exists()
+    shutil.rmtree(place / "never", ignore_errors=True)
+
+
+def test_another_contrastive_stage_in_a_run_is_told_at_once(tmp_path: Path) -> None:
+    more = "warm_up: {steps: 2}\nbridge: false\ncontrastive: {batch_size: 8, steps: %d, core: 0}\n"
+    pretrain_run(load(write_config(tmp_path, more % 1), "cocoa"), tmp_path / "run")
+    with pytest.raises(CuveeError, match="contrastive: holds a run of another configuration"):
+        pretrain_run(load(write_config(tmp_path, more % 2), "cocoa"), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "contrastive")
+    assert pretrain_run(load(write_config(tmp_path, more % 2), "cocoa"), tmp_path / "run")["contrastive"]["steps"] == 2
+
+
 # ---- killed ----
 
 
@@ -269,6 +297,7 @@ def test_mistakes_are_one_line(place: Path, objective: str, more: str, arguments
 
 def test_an_objective_that_there_is_not_is_one_line(place: Path) -> None:
     assert "No such command 'coca'" in refused(commands.run("pretrain", "coca", place / "config.yml", place / "never"))
+    assert "Missing command" in refused(commands.run("pretrain"))
 
 
 @pytest.mark.parametrize(
