@@ -85,9 +85,7 @@ def uniform(space: Space) -> list[dict[str, Any]]:
         shares = shares[:1]
     found: list[dict[str, Any]] = []
     for share in shares:
-        point = {
-            d.name: d.clipped(share if d.model is not None and not d.choices else d.default) for d in space.dimensions
-        }
+        point = {d.name: _nearest(d, share) if _is_share(d, space) else d.default for d in space.dimensions}
         if point not in found:
             found.append(point)
     return found
@@ -144,6 +142,19 @@ def from_study(space: Space, start: Start) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CuveeError(f"'{file}' cannot be read as a search's trials", where=start.where) from None
     return found
+
+
+def _is_share(dimension: Dimension, space: Space) -> bool:
+    """A model's weight; or another number of each model for which the method has no value of its own."""
+    usual = registry.get(space.method).parameters[dimension.parameter].default
+    return dimension.model is not None and (dimension.parameter == "weight" or usual is None)
+
+
+def _nearest(dimension: Dimension, share: float) -> Any:
+    """The value within bounds, or the choice, that is nearest to a share."""
+    if dimension.choices:
+        return min(dimension.choices, key=lambda choice: abs(choice - share))
+    return dimension.clipped(share)
 
 
 def _divided(space: Space) -> bool:

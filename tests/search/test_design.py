@@ -26,6 +26,16 @@ def test_one_uniform_point_where_weights_are_divided_by_their_sum() -> None:
     assert [set(p.values()) for p in design(space, (Start("uniform"),), 0)] == [{0.25}]
 
 
+def test_only_weights_are_shares_and_of_choices_the_nearest() -> None:
+    vary = {"weight": Vary(choices=(0.0, 0.25, 0.5, 1.0), per="model"), "density": Vary(low=0.2, high=1, per="model")}
+    space = make_space(registry.get("dare_linear"), 3, vary)
+    points = design(space, (Start("uniform"),), 0)
+    assert [{p[f"weight.{i}"] for i in range(3)} for p in points] == [{0.25}, {0.5}]
+    assert all(p[f"density.{i}"] == 1.0 for p in points for i in range(3))
+    space = make_space(registry.get("obim"), 4, {"density": Vary(low=0, high=1, per="model")})
+    assert set(design(space, (Start("uniform"),), 0)[0].values()) == {0.25}, "as it has no density of its own"
+
+
 @pytest.mark.parametrize(("method", "count"), [("linear", 1), ("ties", 1), ("multislerp", 1), ("dare_linear", 2)])
 def test_so_too_where_the_method_divides_them_by_itself(method: str, count: int) -> None:
     entry = registry.get(method)

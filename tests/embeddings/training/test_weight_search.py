@@ -96,7 +96,9 @@ def test_a_killed_search_goes_on_to_the_same_model(
     done: tuple[Path, dict[str, Any]], config: TrainingConfig, tmp_path: Path
 ) -> None:
     whole, result = done
-    run = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True, ignore=shutil.ignore_patterns("search*", "model")))
+    run = Path(
+        shutil.copytree(whole, tmp_path / "run", symlinks=True, ignore=shutil.ignore_patterns("search*", "model"))
+    )
     members = stamps(run / "members")
     train = start("train", config.where, run)
     deadline = time.monotonic() + 120
