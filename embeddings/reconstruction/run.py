@@ -114,9 +114,7 @@ def pretrain_run(
         last = jobs[-1].out
         if not (run / LANGUAGE_MODEL).exists():
             linked_copy(last, run / LANGUAGE_MODEL)
-        if opened.reads_images:
-            note(f"of a model that reads images there is no model/: {run / LANGUAGE_MODEL}, pooled by EOS, embeds")
-        elif not (run / MODEL).exists():
+        if not (run / MODEL).exists():
             own = {"command": COMMAND, **content, "stages": {name: asdict(done) for name, done in trained.items()}}
             write_embedding_model(
                 run / LANGUAGE_MODEL,
@@ -127,8 +125,7 @@ def pretrain_run(
                 content=own,
             )
         after = train_contrastive(config, run / MODEL, run / CONTRASTIVE, options=options, progress=progress, note=note)
-        result = LANGUAGE_MODEL if opened.reads_images else MODEL
-        return _finish(config, run, options, began, trained, material, after, result)
+        return _finish(config, run, options, began, trained, material, after)
 
 
 def plan(
@@ -187,7 +184,6 @@ class _Opened:
     def __init__(self, config: PretrainingConfig, device: str) -> None:
         self._config, self._device = config, device
         self._first: Reconstructor | None = self._open(config.model, config.seed)
-        self.reads_images = self._first.processor is not None
 
     def reader(self) -> Reader:
         assert self._first is not None
@@ -321,7 +317,6 @@ def _finish(
     trained: Mapping[str, Trained],
     data: _Read,
     after: Mapping[str, Any] | None,
-    result: str,
 ) -> dict[str, Any]:
     """Writes the run's cuvee.json; what the command prints."""
     shutil.rmtree(run / WORK, ignore_errors=True)
@@ -331,7 +326,7 @@ def _finish(
         "command": COMMAND,
         "objective": config.objective,
         "out": str(run),
-        "model": str(run / result),
+        "model": str(run / MODEL),
         "seconds": round(time.perf_counter() - began, 1),
         "seed": config.seed,
         "device": options.device,
