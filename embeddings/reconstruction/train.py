@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +183,7 @@ class _Session:
             batches = self._batches(plan, number + 1) if number + 1 < total else []  # while a GPU is at the step
             self._refuse_not_finite(norm := float(norm), names, number)
             window.add(numbers, own)
-            last = [*last, numbers["loss"]][-_LAST:]
+            last = [*last, *([numbers["loss"]] if numbers else [])][-_LAST:]
             done, seconds = number + 1, earlier + time.perf_counter() - began
             if done % LOG_EVERY == 0 or done == total:
                 line = {"grad_norm": round(norm, 5), "learning_rate": now}
@@ -197,7 +198,7 @@ class _Session:
                 checkpointing.save(job.work / "checkpoint", self.model, self.optimizer, state)
         self.progress(f"pretrain {stage.name}", total, total)
         self.model.module.eval()
-        loss = round(float(np.mean([float(each) for each in last])), 6)
+        loss = round(float(np.mean([float(each) for each in last])), 6) if last else nan
         return Trained(total, rows, round(earlier + time.perf_counter() - began, 1), loss)
 
     def _batches(self, plan: Schedule, number: int) -> list[Batch]:
@@ -228,9 +229,11 @@ class _Session:
         devices = [device.index or 0] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             for place, batch in enumerate(batches):
+                if not len(batch.labels):  # texts of one token: nothing is before it to predict it
+                    continue
                 # Dropout knows no generator but the global one: a resumed run drops what the other would have.
                 torch.manual_seed(((self.job.seed * 1_000_003 + number) % (1 << 40) << 12) + place)
-                share = len(batch.labels) / max(1, predictions)
+                share = len(batch.labels) / predictions
                 outcome = self.job.objective.loss(self.model, batch.to(device))
                 (outcome.loss * share).backward()
                 for name, value in {"loss": outcome.loss.detach(), **outcome.numbers}.items():

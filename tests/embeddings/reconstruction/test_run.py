@@ -24,6 +24,7 @@ from embeddings.training.config import ModelSettings
 from embeddings.training.options import Options
 from merging.errors import CuveeError
 from tests import commands
+from tests.embeddings.reconstruction import models
 from tests.embeddings.reconstruction.models import texts
 from tests.embeddings.reconstruction.runs import ROWS, losses, metrics, rows, write_config
 from tests.embeddings.runs import same_weights, table
@@ -134,6 +135,20 @@ def test_micro_batches_are_the_whole_batch(tmp_path: Path) -> None:
     np.testing.assert_allclose(losses(parts, "bridge"), losses(whole, "bridge"), rtol=1e-5)
     packed = run_of(tmp_path, more % ", pack: 32", name="packed")
     np.testing.assert_allclose(losses(packed, "bridge"), losses(whole, "bridge"), rtol=1e-5)
+
+
+def test_texts_of_one_token_teach_nothing_and_do_no_harm(tmp_path: Path) -> None:
+    """Their tokenizer puts no BOS before them, so nothing predicts them."""
+    write_config(tmp_path)
+    models.tokenizer(bos=False).save_pretrained(tmp_path / "llama")
+    table(
+        tmp_path / "short.jsonl",
+        [{"query": f"w{7 + i}", "positive": f"w{8 + i} w9" * (i % 2) or "w7"} for i in range(24)],
+    )
+    more = "bridge: false\nwarm_up: {epochs: 1, batch_size: 4, micro_batch: 1}\n"
+    config = load(write_config(tmp_path, more, "  - {file: short.jsonl}\n"), "cocoa")
+    pretrain_run(config, tmp_path / "run")
+    assert all(np.isfinite(loss) for loss in losses(tmp_path / "run", "warm_up"))
 
 
 def test_lora_is_merged_into_what_is_written(tmp_path: Path) -> None:
