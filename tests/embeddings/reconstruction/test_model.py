@@ -305,11 +305,12 @@ def step(model: Reconstructor, batch: Batch, rate: float = 0.05) -> float:
     return float(loss.detach())
 
 
+@pytest.mark.parametrize("adapter", [None, LoraSettings(r=2, alpha=4)], ids=["full", "lora"])
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "gemma3"])
-def test_recomputed_activations_give_the_same_gradient(name: str, tmp_path: Path) -> None:
+def test_recomputed_activations_give_the_same_gradient(name: str, adapter: LoraSettings | None, tmp_path: Path) -> None:
     path, batch, found = str(folder(name, tmp_path)), batch_of("collaborative"), []
     for checkpointed in (False, True):
-        model = open_reconstructor(ModelSettings(path, gradient_checkpointing=checkpointed))
+        model = open_reconstructor(ModelSettings(path, lora=adapter, gradient_checkpointing=checkpointed))
         model.module.train()
         torch.nn.functional.cross_entropy(model.logits(model.hidden(batch), batch.places), batch.labels).backward()
         found.append([parameter.grad for parameter in model.parameters()])
