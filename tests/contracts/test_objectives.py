@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,27 @@ def test_other_weights_have_another_score(prepared: tuple[Objective, torch.nn.Mo
         for parameter in module.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     assert made(Candidate({})) != before
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_is_right_is_checked_without_the_weights(name: str, place: Path, tmp_path: Path) -> None:
+    folder, said = SETTINGS[name]
+    whole = Path(shutil.copytree(place / folder, tmp_path / folder))
+    size = (whole / "model.safetensors").stat().st_size
+    with (whole / "model.safetensors").open("r+b") as weights:
+        weights.seek(8 + int.from_bytes(weights.read(8), "little"))  # after what names them
+        weights.write(b"\xff" * (size - weights.tell()))
+    before = {file: file.read_bytes() for file in whole.iterdir()}
+    assert list(make(name, {"data": "t.jsonl", **said}, place).check(ModelRef.parse(str(whole)))) == []
+    assert {file: file.read_bytes() for file in whole.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_data_that_cannot_be_read_are_told_by_the_check(name: str, place: Path) -> None:
+    folder, said = SETTINGS[name]
+    (place / "broken.jsonl").write_text("{\n")
+    with pytest.raises(CuveeError, match=r"broken\.jsonl:1: is not JSON"):
+        make(name, {"data": "broken.jsonl", **said}, place).check(ModelRef.parse(str(place / folder)))
 
 
 def test_settings_that_nobody_knows_are_refused_at_their_line(place: Path) -> None:
