@@ -88,6 +88,7 @@ class StageSettings:
         epochs, steps: one of them is None.
         warmup: share of the steps in [0, 1].
         gradient_clip: the norm's bound; 0 for none.
+        where, rate_where: the lines of the stage and of its learning rate.
     """
 
     name: str
@@ -103,6 +104,7 @@ class StageSettings:
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     where: str = field(default="", compare=False)
+    rate_where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,8 @@ class PretrainingConfig:
         found = training.without_places(asdict(replace(self, contrastive=None)))
         for data in (*found["data"], *(each["data"] for each in found["images"])):
             del data["column_lines"]
+        for stage in found["stages"]:
+            del stage["rate_where"]
         return {key: value for key, value in found.items() if key not in ("text", "lines", *NOT_LEARNED_FROM)}
 
 
@@ -243,6 +247,7 @@ def _parameters(root: Node, stage: str) -> dict[str, Any]:
     return {
         "encoder_mask": number(root, "encoder_mask", 0.3, low=0, high=1),
         "decoder_mask": number(root, "decoder_mask", 0.7, above=0, high=1),
+        "encoder_weight": number(root, "encoder_weight", 1.0, low=0),
     }
 
 
@@ -301,6 +306,7 @@ def _stage(root: Node, own: Node, name: str, objective: str) -> StageSettings:
         weight_decay=number(both, "weight_decay", StageSettings.weight_decay, low=0),
         gradient_clip=number(both, "gradient_clip", StageSettings.gradient_clip, low=0),
         where=own.where,
+        rate_where=(given(both, "learning_rate") or own).where,
     )
 
 

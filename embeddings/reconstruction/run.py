@@ -243,7 +243,7 @@ def _jobs(config: PretrainingConfig, data: _Read, run: Path) -> list[Job]:
             metrics=run / METRICS,
             work=run / WORK / stage.name,
             out=run / STAGES / stage.name,
-            where=stage.where,
+            where=stage.rate_where,
         )
         jobs.append(job)
         before += len(plan_of(stage, materials, config.seed))
@@ -293,7 +293,7 @@ def _made_by(config: PretrainingConfig, stage: StageSettings, data: _Read, past:
         }
         for found in data.all
     }
-    own = {key: value for key, value in asdict(stage).items() if key != "where"}
+    own = {key: value for key, value in asdict(stage).items() if key not in ("where", "rate_where")}
     plain: dict[str, Any] = json.loads(json.dumps({"settings": settings, "stage": own, "data": told, "past": past}))
     return plain
 

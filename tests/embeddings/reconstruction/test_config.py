@@ -45,8 +45,8 @@ def test_the_other_objectives_have_one_stage_told_above() -> None:
     assert dict(query_likelihood.parameters) == {"corruption": 0.5, "loss_on": "all"}
     assert query_likelihood.reads == "document" and query_likelihood.learning_rate == 1e-5
     (retromae,) = read("encoder_mask: 0.15\nlearning_rate: 1e-4\n", "retromae").stages
-    assert dict(retromae.parameters) == {"encoder_mask": 0.15, "decoder_mask": 0.7}
-    assert retromae.learning_rate == 1e-4
+    assert dict(retromae.parameters) == {"encoder_mask": 0.15, "decoder_mask": 0.7, "encoder_weight": 1.0}
+    assert retromae.learning_rate == 1e-4 and retromae.rate_where == "config.yml:5"
 
 
 def test_a_stage_replaces_what_is_said_above_it() -> None:
