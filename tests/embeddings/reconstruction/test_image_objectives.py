@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from embeddings.reconstruction.llm_ql import QueryLikelihood
 from embeddings.reconstruction.model import Reconstructor, open_reconstructor
 from embeddings.reconstruction.objective import Example, Objective
 from embeddings.reconstruction.retromae import RetroMAE
-from embeddings.training.config import ModelSettings
+from embeddings.training.config import LoraSettings, ModelSettings
 from merging.errors import CuveeError
 from tests.embeddings.reconstruction import vision
 
@@ -74,6 +75,30 @@ def test_a_few_steps_learn(folder: Path, files: list[Path], objective: Objective
         losses.append(float(outcome.loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
     assert ("patch_loss" in outcome.numbers) == isinstance(objective, WarmUp)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"dtype": "bfloat16"}, {"gradient_checkpointing": True}, {"lora": LoraSettings(r=4)}],
+    ids=["bfloat16", "recomputed", "lora"],
+)
+def test_it_learns_in_every_way_that_a_model_of_texts_does(
+    folder: Path, files: list[Path], how: dict[str, Any]
+) -> None:
+    if "lora" in how:
+        pytest.importorskip("peft", reason="needs peft: pip install 'cuvee[lora]'")
+    model = open_reconstructor(ModelSettings(str(folder), **how))
+    plain = opened(folder)
+    for objective in (WarmUp(), Bridge()):
+        batch = made(model, files, objective)
+        with torch.inference_mode():
+            wanted = float(objective.loss(plain, batch).loss)
+        model.module.train()
+        loss = objective.loss(model, batch).loss
+        assert float(loss.detach()) == pytest.approx(wanted, rel=0.02 if "dtype" in how else 1e-4)
+        loss.backward()
+    names = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert "patch_head.weight" in names and any("lora_" in name for name in names) is ("lora" in how)
 
 
 def test_padding_changes_no_loss(model: Reconstructor, files: list[Path]) -> None:
