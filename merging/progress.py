@@ -119,7 +119,9 @@ class _Piece:
 
     def rate(self, done: int, now: float) -> str:
         spent, new = now - self.began, done - self.before
-        return f"{new / spent:.1f}/s" if spent > 0 and new > 0 else ""
+        if spent <= 0 or new <= 0:
+            return ""
+        return f"{new / spent:.1f}/s" if new >= spent else f"{spent / new:.1f} s each"
 
     def left(self, done: int, total: int, now: float) -> str:
         new = done - self.before

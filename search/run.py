@@ -179,6 +179,8 @@ def _search(
         done, total = len(trials), max(len(trials), settings.trials)
         progress("trials", done, total)
 
+    begun = len(study.trials())
+    progress("trials", begun, max(begun + 1, settings.trials))
     try:
         if settings.workers > 1:
             with_statistics(config, run / MODEL, device, note)  # once, for all workers

@@ -54,6 +54,18 @@ def test_what_takes_a_moment_says_nothing(told: Callable[[Callable[[Work], None]
     assert told(work) == []
 
 
+def test_what_takes_more_than_a_second_each_says_how_many(
+    told: Callable[[Callable[[Work], None]], list[str]], clock: Clock
+) -> None:
+    def work(update: Work) -> None:
+        update("trials", 1, 3)
+        for done in (2, 3):
+            clock.now += 45
+            update("trials", done, 3)
+
+    assert told(work) == ["trials: 2/3, 45.0 s each, 45 s left", "trials: 3/3 in 90.0 s, 45.0 s each"]
+
+
 def test_a_line_every_ten_seconds_and_one_that_stays(
     told: Callable[[Callable[[Work], None]], list[str]], clock: Clock
 ) -> None:
