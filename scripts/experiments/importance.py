@@ -368,14 +368,16 @@ def report(lab: Lab, options: argparse.Namespace) -> str:
     for name in options.methods:
         chosen = "; ".join(dict.fromkeys(_told(r["setting"]) for r in records[name]))
         lines.append(row(METHODS[name].title, [r["test"] for r in records[name]], chosen))
-    rates = ", ".join(f"{lab.rate(task):g} ({task})" for task in lab.tasks) if not options.foreign else "none"
+    trained = ""
+    if not options.foreign:
+        rates = ", ".join(f"{lab.rate(task):g} ({task})" for task in lab.tasks)
+        trained = f" {options.rows} rows a specialist, learning rates {rates},"
     text = [
-        f"Seeds {', '.join(map(str, seeds))}; {options.rows} rows a specialist, learning rates {rates},"
-        f" {options.examples} calibration rows; commit {content['commit']}.",
+        f"Seeds {', '.join(map(str, seeds))};{trained} {options.examples} calibration rows; commit {content['commit']}.",
         "",
         markdown(lines),
     ]
-    if orders:
+    if any(orders):
         spread = [statistics.stdev(scores) for scores in orders if len(scores) > 1]
         text.append(
             f"OBIM in {len(orders[0])} other orders, in-domain: {points([s for scores in orders for s in scores])};"
