@@ -48,7 +48,7 @@ from search.study import Settings, open_study, work
 COUNTS = (20, 30, 50)
 ENGINES = ("gp", "skopt", "tpe", "cma", "qmc", "random")
 _SHARED = 25  # weights from 0 to 1
-_POLISH = 150  # evaluations of the simplex
+_POLISH = 60  # evaluations of the simplex
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
