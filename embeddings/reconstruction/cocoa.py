@@ -68,12 +68,13 @@ class WarmUp:
         free[: max(1, len(before))] = False  # nothing is before the first to predict it; and an image has no words
         return masked_row(ids, segments, drawn(self.mask, free, draw), reader.mask_id)
 
-    def loss(self, model: Reconstructor, batch: Batch) -> Outcome:
+    def loss(self, model: Reconstructor, batch: Batch, of: Sequence[Batch] = ()) -> Outcome:
         hidden = model.hidden(batch)
-        outcome = predicted_mean(model, hidden, batch)
+        outcome = predicted_mean(model, hidden, batch, of)
         if not isinstance(batch.images, ImageBatch) or batch.images.targets is None:
             return outcome
-        painted = patch_loss(model.patch_head, hidden, batch.images)
+        share = _masked_patches([batch]) / _masked_patches(of or [batch])
+        painted = patch_loss(model.patch_head, hidden, batch.images) * share
         numbers = {**outcome.numbers, "patch_loss": painted.detach()}
         return Outcome(outcome.loss + self.patch_weight * painted, numbers, outcome.predictions)
 
@@ -115,10 +116,10 @@ class Bridge:
         masked[-len(target)] = True
         return masked_row(ids, segments, masked, reader.mask_id)
 
-    def loss(self, model: Reconstructor, batch: Batch) -> Outcome:
+    def loss(self, model: Reconstructor, batch: Batch, of: Sequence[Batch] = ()) -> Outcome:
         if self.bridge == "embedding":
-            return predicted_mean(model, *through_embedding(model, batch))
-        return predicted_mean(model, model.hidden(batch, eos_sees_b=self.eos_sees_b), batch)
+            return predicted_mean(model, *through_embedding(model, batch), of)
+        return predicted_mean(model, model.hidden(batch, eos_sees_b=self.eos_sees_b), batch, of)
 
 
 def image_ids(picture: Picture | None, reader: Reader) -> NDArray[np.int64]:
@@ -132,6 +133,12 @@ def stacked(rows: Sequence[Row], pictures: Sequence[Picture | None], pattern: st
     pack = 0 if there else reader.pack
     batch = stack(rows, pattern, pad_id=reader.pad_id, pad_left=reader.pad_left, pack=pack)
     return reader.processor.attached(batch, there) if there else batch
+
+
+def _masked_patches(batches: Sequence[Batch]) -> int:
+    """How many image tokens are masked."""
+    places = (each.images.places for each in batches if isinstance(each.images, ImageBatch))
+    return sum(len(own) for own in places if own is not None)
 
 
 def needed_target(example: Example, reader: Reader) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

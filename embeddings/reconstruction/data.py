@@ -190,7 +190,9 @@ class Pairs:
         rows = _pairs(found)
         # A row that asks what a held-out one asks would teach its answer.
         rows = rows[~np.isin(found.queries[rows], found.queries[held])] if len(held) else rows
-        self.units = np.concatenate([2 * rows, 2 * rows + 1]) if reads == "both" else 2 * rows + (reads == "document")
+        self.units = 2 * rows + (reads == "document")
+        if reads == "both":  # turned around, a row may ask what a held-out one asks
+            self.units = np.concatenate([2 * rows, 2 * rows[~_answers_with(found, rows, found.queries[held])] + 1])
         self.held = 2 * held + (reads == "document")
         self._start = reader.start_tokens
 
@@ -223,6 +225,16 @@ class Pairs:
         if self.found.settings.prompt_of(side):
             return self._reader.ids([table.text(number)], "target")[0][: self._max_length[side]]
         return _ids(table, number)[self._start :]
+
+
+def _answers_with(found: TrainingSet, rows: NDArray[np.int64], queries: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """(rows,): whether one of a row's positives has the text of one of the queries."""
+    own, theirs = found.query_tokens, found.document_tokens
+    same = set(queries.tolist())
+    if own is not theirs:
+        asked = {own.text(int(number)) for number in queries}
+        same = {number for number in range(len(theirs)) if theirs.text(number) in asked} if asked else set()
+    return np.array([not same.isdisjoint(found.positives[int(row)].tolist()) for row in rows], bool)
 
 
 def _pairs(found: TrainingSet) -> NDArray[np.int64]:

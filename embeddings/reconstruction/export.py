@@ -6,20 +6,49 @@ It pools its last token, the EOS that its tokenizer appends to every text, to le
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from embeddings.reconstruction.image_export import reads_images, write_image_model
-from embeddings.training import backbone
+from embeddings.training import backbone, decoder
 from embeddings.training.config import ModelSettings
 from embeddings.training.data_settings import SIDES
 from merging import lineage
+from merging.errors import CuveeError
 from merging.output import staged
+
+if TYPE_CHECKING:
+    from embeddings.reconstruction.model import Reconstructor
+
+
+def check_export(model: Reconstructor, *, bidirectional: bool, where: str) -> None:
+    """Finds before a training what `write_embedding_model` would find behind it; the model stays as it is.
+
+    Raises:
+        CuveeError: its architecture cannot look to both sides by its configuration, or its tokenizer cannot append EOS.
+    """
+    try:
+        decoder.append_eos(copy.deepcopy(model.tokenizer), where)
+    except CuveeError as error:
+        raise CuveeError(error.what, where=where, mend="take another model or tokenizer") from None
+    if not bidirectional:
+        return
+    settings = vars(model.module.config.get_text_config())
+    try:
+        decoder.make_bidirectional(SimpleNamespace(model=model.module.base_model), where)
+    except Exception as error:  # every architecture has its own ways to fail
+        reason = error.what if isinstance(error, CuveeError) else f"{type(error).__name__}: {error!s:.120}"
+        what = f"would be written with a causal mask again ({reason})"
+        raise CuveeError(what, where=where, mend="take another model, or run `cuvee pretrain llm-ql`") from error
+    finally:
+        settings.pop("is_causal", None)
 
 
 def write_embedding_model(

@@ -11,7 +11,7 @@ import numpy as np
 from embeddings.reconstruction.batch import NO_LABEL, TARGET, Batch, Row, stack
 from embeddings.reconstruction.cocoa import needed_target
 from embeddings.reconstruction.images import refuse_images
-from embeddings.reconstruction.objective import Example, Outcome, bridged, cross_entropy
+from embeddings.reconstruction.objective import Example, Outcome, bridged, cross_entropy, predictions
 from embeddings.reconstruction.reader import Reader
 from merging.errors import CuveeError
 
@@ -62,13 +62,14 @@ class QueryLikelihood:
         counted = segments == TARGET if self.loss_on == "query" else np.arange(len(ids)) > 0
         return Row(ids, segments, np.where(counted, ids, NO_LABEL))
 
-    def loss(self, model: Reconstructor, batch: Batch) -> Outcome:
+    def loss(self, model: Reconstructor, batch: Batch, of: Sequence[Batch] = ()) -> Outcome:
         losses, right = cross_entropy(model, model.hidden(batch), batch)
-        numbers = {"accuracy": right.float().mean()}
+        of = of or [batch]
+        query, count = batch.predicted_segments() == TARGET, predictions(of, target=True)
+        numbers = {"accuracy": (right & query).sum() / count}
         if self.loss_on == "all":
-            query = batch.predicted_segments() == TARGET
-            numbers |= {"query_loss": losses.detach()[query].mean(), "accuracy": right[query].float().mean()}
-        return Outcome(losses.mean(), numbers, len(losses))
+            numbers["query_loss"] = (losses.detach() * query).sum() / count
+        return Outcome(losses.sum() / predictions(of), numbers, len(losses))
 
 
 def corrupted(text: str, share: float, draw: np.random.Generator) -> str:

@@ -108,6 +108,15 @@ class Reconstructor:
         """Of a state."""
         return int(self.module.config.get_text_config().hidden_size)
 
+    @property
+    def places(self) -> int | None:
+        """Tokens of a sequence at most, of a model that has learned a vector for each place; None for all others."""
+        config = self.module.config.get_text_config()
+        if getattr(config, "rope_parameters", None) is not None:
+            return None
+        found = getattr(config, "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
+
     def reader(self, max_length: Mapping[str, int] | None = None, *, pack: int = 0) -> Reader:
         """What turns texts into this model's ids.
 
@@ -264,12 +273,17 @@ class Reconstructor:
         documents = torch.tensor([[0, 0, 0, 1, 1, 1]] * 2, device=self.device)
         places = torch.tensor([[0, 1], [0, 4]], device=self.device)
         batch = Batch(ids, segments, places, ids[places[:, 0], places[:, 1] + 1], "bidirectional", documents)
-        with torch.inference_mode():
-            states = self.hidden(batch)  # (2, tokens, width)
-            change = (states[0] - states[1]).abs().amax(1)  # (tokens,)
-            causal = replace(batch, pattern="causal", documents=None)
-            own = self.logits(self.hidden(causal), places)
-            theirs = self.module(input_ids=ids, use_cache=False, return_dict=True).logits
+        causal = replace(batch, pattern="causal", documents=None)
+        try:
+            with torch.inference_mode():
+                states = self.hidden(batch)  # (2, tokens, width)
+                own = self.logits(self.hidden(causal), places)
+                theirs = self.module(input_ids=ids, use_cache=False, return_dict=True).logits
+        except Exception as error:  # every architecture has its own ways to fail
+            reason = next(iter(str(error).strip().splitlines()), "")[:120]
+            what = f"{kind} takes no mask of ours ({type(error).__name__}: {reason})"
+            raise CuveeError(what, where=self.base, mend="take another model") from error
+        change = (states[0] - states[1]).abs().amax(1)  # (tokens,)
         self.module.train(before[0])
         self.dtype = before[1]
         if float(change[:2].min()) <= 1e-6 * float(states.abs().max()):
@@ -315,6 +329,8 @@ def _load(folder: Path, ref: str, attention: str, trusted: bool) -> tuple[Any, A
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         what = f"lacks the weights '{missing[0]}'{more}, which would be random"
         raise CuveeError(what, where=ref, mend="take a checkpoint with its language model head")
+    # How it attends is the objective's to say, in training and in what is written afterwards.
+    vars(module.config.get_text_config()).pop("is_causal", None)
     return module, tokenizer, image_reader(folder, written, tokenizer, ref)
 
 

@@ -46,7 +46,7 @@ class Outcome:
         loss: scalar, in nats a token.
         numbers: of the same batch, by name, without a gradient: "accuracy" (share of tokens predicted right) and
             what else the objective knows; scalars that stay where the model is until someone reads them.
-        predictions: how many tokens were predicted; losses of parts of a batch are averaged by it.
+        predictions: how many tokens were predicted.
     """
 
     loss: torch.Tensor
@@ -76,8 +76,12 @@ class Objective(Protocol):
             CuveeError: an example lacks what the objective needs.
         """
 
-    def loss(self, model: Reconstructor, batch: Batch) -> Outcome:
-        """Of a batch on the model's device."""
+    def loss(self, model: Reconstructor, batch: Batch, of: Sequence[Batch] = ()) -> Outcome:
+        """Of a batch on the model's device.
+
+        Args:
+            of: the parts of a whole, this batch one of them: loss and numbers are what it adds to those of the whole.
+        """
 
 
 def cross_entropy(model: Reconstructor, hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,10 +97,17 @@ def cross_entropy(model: Reconstructor, hidden: torch.Tensor, batch: Batch) -> t
     return losses, logits.detach().argmax(1) == batch.labels
 
 
-def predicted_mean(model: Reconstructor, hidden: torch.Tensor, batch: Batch) -> Outcome:
+def predictions(batches: Sequence[Batch], *, target: bool | None = None) -> int:
+    """How many tokens are predicted; with `target` true those of targets alone, with false the others. At least 1."""
+    if target is None:
+        return max(1, sum(len(batch.labels) for batch in batches))
+    return max(1, sum(int(((batch.predicted_segments() == TARGET) == target).sum()) for batch in batches))
+
+
+def predicted_mean(model: Reconstructor, hidden: torch.Tensor, batch: Batch, of: Sequence[Batch] = ()) -> Outcome:
     """The mean loss of all predictions; 0 where a batch has none: texts of one token."""
     losses, right = cross_entropy(model, hidden, batch)
-    count = max(1, len(losses))
+    count = predictions(of or [batch])
     return Outcome(losses.sum() / count, {"accuracy": right.sum() / count}, len(losses))
 
 

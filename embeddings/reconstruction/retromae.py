@@ -24,6 +24,7 @@ from embeddings.reconstruction.objective import (
     cross_entropy,
     drawn,
     masked_row,
+    predictions,
 )
 from embeddings.reconstruction.reader import Reader
 from merging.errors import CuveeError
@@ -69,11 +70,12 @@ class RetroMAE:
         masked[-len(target)] = True
         return masked_row(ids, segments, masked, reader.mask_id)
 
-    def loss(self, model: Reconstructor, batch: Batch) -> Outcome:
+    def loss(self, model: Reconstructor, batch: Batch, of: Sequence[Batch] = ()) -> Outcome:
         losses, right = cross_entropy(model, model.hidden(batch, eos_sees_b=False), batch)
         of_target = batch.predicted_segments() == TARGET
-        decoded = (losses * of_target).sum() / of_target.sum()
-        encoded = (losses * ~of_target).sum() / (~of_target).sum().clamp(min=1)
-        accuracy = (right & of_target).sum() / of_target.sum()
+        targets, others = (predictions(of or [batch], target=target) for target in (True, False))
+        decoded = (losses * of_target).sum() / targets
+        encoded = (losses * ~of_target).sum() / others
+        accuracy = (right & of_target).sum() / targets
         numbers = {"accuracy": accuracy, "decoder_loss": decoded.detach(), "encoder_loss": encoded.detach()}
         return Outcome(decoded + self.encoder_weight * encoded, numbers, len(losses))

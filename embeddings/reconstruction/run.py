@@ -21,7 +21,7 @@ from embeddings.reconstruction.cocoa import Bridge, WarmUp
 from embeddings.reconstruction.config import PretrainingConfig, StageSettings
 from embeddings.reconstruction.contrastive import check_contrastive, train_contrastive
 from embeddings.reconstruction.data import HeldOut, Material, Pairs, Sides, Texts, hold_out, read_sets
-from embeddings.reconstruction.export import linked_copy, write_embedding_model
+from embeddings.reconstruction.export import check_export, linked_copy, write_embedding_model
 from embeddings.reconstruction.image_rows import ImageRows, read_images
 from embeddings.reconstruction.llm_ql import QueryLikelihood
 from embeddings.reconstruction.measure import Measure
@@ -49,6 +49,7 @@ from embeddings.training.options import Options, refuse_device
 from embeddings.training.run_folder import at_work
 from embeddings.training.train import Trained
 from merging import lineage
+from merging.errors import CuveeError
 from merging.loading import only_our_words
 from merging.output import write_whole
 from merging.progress import Work
@@ -141,7 +142,7 @@ def plan(
     refuse_device(options)
     check_claim(run, config, force=options.force)
     with tempfile.TemporaryDirectory() as scratch, only_our_words():
-        opened = _Opened(config, "cpu")
+        opened = _Opened(config, options.device)
         material = _read(config, opened.reader(), Path(scratch), progress, lambda line: None)
         check_contrastive(config, material.sets, run / MODEL, run / CONTRASTIVE, force=options.force)
         jobs = _jobs(config, material, run)
@@ -184,6 +185,9 @@ class _Opened:
     def __init__(self, config: PretrainingConfig, device: str) -> None:
         self._config, self._device = config, device
         self._first: Reconstructor | None = self._open(config.model, config.seed)
+        _refuse_lengths(config, self._first.places)
+        where = config.model.where or config.where
+        check_export(self._first, bidirectional=config.objective in _BIDIRECTIONAL, where=where)
 
     def reader(self) -> Reader:
         assert self._first is not None
@@ -277,6 +281,18 @@ def _lengths(config: PretrainingConfig, stage: StageSettings) -> dict[str, int]:
         return {"source": longest, "target": longest}
     source, target = ("query", "document") if stage.reads == "query" else ("document", "query")
     return {"source": config.max_length[source], "target": config.max_length[target]}
+
+
+def _refuse_lengths(config: PretrainingConfig, places: int | None) -> None:
+    """Raises CuveeError where a stage's longest sequence has more tokens than the model has places."""
+    for stage in config.stages:
+        lengths = _lengths(config, stage)
+        longest = lengths["source"]
+        if stage.name != "warm_up":
+            longest += lengths["target"] + (stage.name == "query_likelihood")  # and the query's own EOS
+        if places is not None and longest > places:
+            what = f"sequences of up to {longest} tokens do not fit into the model's {places} places"
+            raise CuveeError(what, where=config.at("max_length"), mend="lower 'max_length'")
 
 
 def _made_by(config: PretrainingConfig, stage: StageSettings, data: _Read, past: str) -> dict[str, Any]:

@@ -224,7 +224,6 @@ class _Session:
 
         self.optimizer.zero_grad(set_to_none=True)
         device = self.model.device
-        predictions = sum(len(batch.labels) for batch in batches)
         numbers: dict[str, Any] = {}
         devices = [device.index or 0] if device.type == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -233,11 +232,10 @@ class _Session:
                     continue
                 # Dropout knows no generator but the global one: a resumed run drops what the other would have.
                 torch.manual_seed(((self.job.seed * 1_000_003 + number) % (1 << 40) << 12) + place)
-                share = len(batch.labels) / predictions
-                outcome = self.job.objective.loss(self.model, batch.to(device))
-                (outcome.loss * share).backward()
+                outcome = self.job.objective.loss(self.model, batch.to(device), batches)
+                outcome.loss.backward()
                 for name, value in {"loss": outcome.loss.detach(), **outcome.numbers}.items():
-                    numbers[name] = numbers.get(name, 0.0) + value * share
+                    numbers[name] = numbers.get(name, 0.0) + value
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         limit = self.job.stage.gradient_clip or float("inf")

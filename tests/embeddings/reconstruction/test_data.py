@@ -55,6 +55,18 @@ def test_turned_around_the_document_is_the_source(tmp_path: Path) -> None:
     assert both.example(0, DRAW).text == first["query"] and both.example(1, DRAW).text == first["positive"]
 
 
+@pytest.mark.parametrize("prompt", ["", ', prompt: {query: "w7 "}'], ids=["one table", "two tables"])
+def test_turned_around_no_row_asks_what_a_held_out_one_asks(tmp_path: Path, prompt: str) -> None:
+    write_config(tmp_path)
+    first = rows()[:12]
+    turned = [{"query": row["positive"], "positive": row["query"]} for row in first]
+    table(tmp_path / "turned.jsonl", [*first, *turned])
+    pairs = pairs_of(tmp_path, "", f"  - {{file: turned.jsonl{prompt}}}\n", "both")
+    text = [row[side] for row in (*first, *turned) for side in ("query", "positive")]  # by unit
+    asked = {text[unit] for unit in pairs.held}
+    assert len(pairs.held) == 6 and not asked & {text[unit] for unit in pairs.units}
+
+
 def test_a_prompt_stands_before_a_source_and_not_in_a_target(tmp_path: Path) -> None:
     data = '  - {file: pairs.jsonl, prompt: {query: "w7 ", document: "w9 "}}\n'
     first = rows()[0]

@@ -369,6 +369,14 @@ def test_silent_errors_are_refused(spoil: Callable[[Any], None], message: str) -
         Reconstructor(model, tokenizer(), base="llama")
 
 
+def test_a_model_that_takes_no_mask_of_ours_is_one_line() -> None:
+    import transformers
+
+    config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=4)
+    with pytest.raises(CuveeError, match="BloomForCausalLM takes no mask of ours"):
+        Reconstructor(transformers.BloomForCausalLM(config), tokenizer(), base="bloom")
+
+
 def mute(model: Any, argument: str) -> None:
     """Its second layer does not get the argument."""
     forward = model.model.layers[1].forward

@@ -241,6 +241,21 @@ def test_retromae_adds_the_mean_of_each_copy() -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+def test_parts_of_a_batch_add_up_to_it(name: str) -> None:
+    """Long texts and short ones apart: what is masked differs in its share from part to part."""
+    model, objective = reconstructor("llama"), OBJECTIVES[name]
+    reader = model.reader()
+    own = sorted(examples(reader), key=lambda example: len(example.source))
+    whole, seed = objective.collate(own, reader, draw()), draw()  # row after row, the same draws
+    parts = [objective.collate(some, reader, seed) for some in (own[:1], own[1:3], own[3:])]
+    with torch.inference_mode():
+        wanted = objective.loss(model, whole).plain()
+        found = [objective.loss(model, part, parts).plain() for part in parts]
+    for number, value in wanted.items():
+        assert sum(part[number] for part in found) == pytest.approx(value, rel=1e-5), number
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3", "gpt2"])
 def test_packing_changes_no_loss(architecture: str, name: str) -> None:
     model, objective = reconstructor(architecture), OBJECTIVES[name]

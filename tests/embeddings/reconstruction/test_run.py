@@ -335,6 +335,52 @@ def test_models_that_cannot_be_pre_trained_are_one_line(place: Path, minilm: Pat
     shutil.rmtree(place / "never", ignore_errors=True)
 
 
+def test_what_cannot_be_written_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    """Cut on the left, a text loses its beginning and not what stands before EOS."""
+    config = load(write_config(tmp_path, OBJECTIVES["llm-ql"]), "llm-ql")
+    left = models.tokenizer()
+    left.add_tokens(["few"])  # where all words are unknown no one can tell which are lost
+    left.save_pretrained(tmp_path / "llama")
+    settings = tmp_path / "llama" / "tokenizer_config.json"
+    told = json.loads(settings.read_text("utf-8"))
+    settings.write_text(json.dumps({**told, "truncation_side": "left"}), encoding="utf-8")
+    for refused_by in (plan, pretrain_run):
+        with pytest.raises(CuveeError, match=r"config.yml:1: EOS cannot be appended .*; take another"):
+            refused_by(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_what_would_be_causal_again_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"vocab_size": models.VOCABULARY, "d_model": 32, "n_layers": 1, "n_heads": 4, "initializer_range": 0.2}
+    transformers.MptForCausalLM(transformers.MptConfig(**sizes)).save_pretrained(tmp_path / "llama")
+    models.tokenizer().save_pretrained(tmp_path / "llama")
+    with pytest.raises(CuveeError, match=r"would be written with a causal mask again .*or run `cuvee pretrain llm-ql`"):
+        plan(load(write_config(tmp_path, SHORT), "cocoa"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(("objective", "length"), [("cocoa", 32), ("llm-ql", 31), ("retromae", 32)])
+def test_texts_too_long_for_a_model_with_learned_places(objective: str, length: int, tmp_path: Path) -> None:
+    models.folder("gpt2", tmp_path / "llama")
+    file = write_config(tmp_path, OBJECTIVES[objective])
+    table(tmp_path / "pairs.jsonl", [{"query": f"w{7 + i} " * 90, "positive": "w9 " * 90} for i in range(24)])
+    fits = file.read_text("utf-8").replace("max_length: 12", f"max_length: {length}")
+    file.write_text(fits, encoding="utf-8")
+    (pretrain_run if objective == "llm-ql" else plan)(load(file, objective), tmp_path / "run")
+    file.write_text(fits.replace(f"max_length: {length}", f"max_length: {length + 1}"), encoding="utf-8")
+    with pytest.raises(CuveeError, match=r"config.yml:5: sequences of up to \d+ tokens .* 64 places"):
+        plan(load(file, objective), tmp_path / "longer")
+
+
+def test_a_base_that_looks_to_both_sides_attends_as_it_is_trained_to(tmp_path: Path) -> None:
+    file = write_config(tmp_path, OBJECTIVES["llm-ql"])
+    settings = json.loads((tmp_path / "llama" / "config.json").read_text("utf-8"))
+    (tmp_path / "llama" / "config.json").write_text(json.dumps({**settings, "is_causal": False}), encoding="utf-8")
+    pretrain_run(load(file, "llm-ql"), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text("utf-8")).get("is_causal", True)
+
+
 def test_other_configurations_and_foreign_folders_are_refused(place: Path) -> None:
     other = write_config(place, SHORT.replace("steps: 5", "steps: 6"), name="other.yml")
     for arguments in ((), ("--dry-run",)):
