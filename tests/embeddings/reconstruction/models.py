@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +132,12 @@ def tokenizer(*, bos: bool = True, padding_side: str = "right") -> Any:
 
 
 def reconstructor(name: str, attention: str = "sdpa", *, dtype: str = "float32", side: str = "right") -> Reconstructor:
-    """A small model of the architecture, to be trained on."""
+    """A small model of the architecture, to be trained on: a copy of one that is made and tried out once."""
+    return copy.deepcopy(_reconstructor(name, attention, dtype, side))
+
+
+@functools.cache
+def _reconstructor(name: str, attention: str, dtype: str, side: str) -> Reconstructor:
     return Reconstructor(module(name, attention), tokenizer(padding_side=side), dtype=dtype, base=name)
 
 
