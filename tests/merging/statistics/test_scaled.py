@@ -124,7 +124,9 @@ def test_a_disk_without_room_for_it_is_told_at_once(
 ) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    with pytest.raises(CuveeError, match=r"the scaled model and its statistics take 0\.0 GB, the disk has 0\.0 GB free"):
+    with pytest.raises(
+        CuveeError, match=r"the scaled model and its statistics take 0\.0 GB, the disk has 0\.0 GB free"
+    ):
         collect(str(bert.specialists[0]), data, "fisher", tmp_path / "s", base=str(bert.base), scale=0.4)
     with pytest.raises(CuveeError, match=r"the statistics take 0\.0 GB"):
         collect(str(bert.specialists[0]), data, "fisher", tmp_path / "s")
