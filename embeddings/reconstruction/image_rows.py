@@ -197,7 +197,7 @@ def _write(entry: ImageSettings, staging: Path, folder: Path, seed: int, progres
         caption, query = _text(entry, raw, "text", where), _text(entry, raw, "query", where)
         image = _value(entry, raw, "image", where)
         try:
-            file, content = _image(image, near, where)
+            file, content = _image(image, near, where) if near else (Path(), _bytes_of_hub(image, entry.data, where))
             if content is not None:  # of a hub: under a name of our own
                 (staging / f"{number}.image").write_bytes(content)
                 opened(staging / f"{number}.image")
@@ -232,32 +232,47 @@ def _raw(data: DataSettings) -> Iterator[tuple[str, Path | None, Mapping[str, An
             yield f"{name}:{line}", Path(name).parent, raw
 
 
-def _image(value: Any, near: Path | None, where: str) -> tuple[Path, bytes | None]:
-    """The image's file; of a hub its bytes.
+def _image(value: Any, near: Path, where: str) -> tuple[Path, bytes | None]:
+    """The file of a table's image, or the bytes that the table holds.
 
     Raises:
         CuveeError: it is neither, missing, or outside its folder.
     """
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
         return Path(), value["bytes"]
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise CuveeError(f"'image' must be a path, not {value!r:.60}", where=where)
+    file, root = (near / value).resolve(), near.resolve()
+    if not file.is_relative_to(root):
+        raise CuveeError(f"the image '{value:.80}' is not in the folder of its table", where=where)
+    if not file.is_file():
+        raise CuveeError(f"there is no image '{value:.80}'", where=where)
+    return file, None
+
+
+def _bytes_of_hub(value: Any, data: DataSettings, where: str) -> bytes:
+    """An image of a data set of `datasets`, which holds it or names a file of its own.
+
+    Raises:
+        CuveeError: it is no image, or a file that is neither the data set's nor in the cache of `datasets`.
+    """
     if hasattr(value, "save"):  # Pillow's own
         content = io.BytesIO()
         value.save(content, format="PNG")
-        return Path(), content.getvalue()
-    if near is None:
-        path = value.get("path") if isinstance(value, Mapping) else None
-        if not isinstance(path, str) or not Path(path).is_file():  # a stranger's text is no path of ours
-            raise CuveeError(f"'image' must be an image, not {value!r:.60}", where=where)
-        return Path(), Path(path).read_bytes()
-    path = value
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise CuveeError(f"'image' must be a path, not {value!r:.60}", where=where)
-    file, root = (near / path).resolve(), near.resolve()
-    if not file.is_relative_to(root):
-        raise CuveeError(f"the image '{path:.80}' is not in the folder of its table", where=where)
-    if not file.is_file():
-        raise CuveeError(f"there is no image '{path:.80}'", where=where)
-    return file, None
+        return content.getvalue()
+    known = value if isinstance(value, Mapping) else {}
+    if isinstance(known.get("bytes"), bytes):
+        return bytes(known["bytes"])
+    path = known.get("path")
+    if not isinstance(path, str) or not Path(path).is_file():
+        raise CuveeError(f"'image' must be an image, not {value!r:.60}", where=where)
+    from datasets import config
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    roots = (str(data.hub), config.HF_DATASETS_CACHE, HF_HUB_CACHE)
+    if not any(Path(path).resolve().is_relative_to(Path(root).resolve()) for root in roots):
+        raise CuveeError(f"the image '{path:.80}' is not in the folder of its data set", where=where)
+    return Path(path).read_bytes()
 
 
 def _value(entry: ImageSettings, raw: Mapping[str, Any], name: str, where: str) -> Any:

@@ -143,6 +143,27 @@ def test_a_data_set_of_the_hubs_form_keeps_its_images_as_files(tmp_path: Path) -
     assert text == "number 1" and image.read_bytes() == rows[1]["image"] and image.is_relative_to(tmp_path / "cache")
 
 
+def test_a_data_set_of_the_hubs_form_names_no_file_but_its_own(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    write(tmp_path)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "base").mkdir()
+    inside = tmp_path / "hub" / "0.png"
+    inside.write_bytes((tmp_path / "img" / "0.png").read_bytes())
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    config = parse("model: base\nimages: [{hub: hub}]\n", "cocoa", str(tmp_path / "config.yml"))
+
+    def found(file: Path) -> int:
+        row = {"image": [{"bytes": None, "path": str(file)}], "text": ["a text"]}
+        datasets.Dataset.from_dict(row, features=features).to_parquet(tmp_path / "hub" / "train.parquet")
+        (tables,) = read_images(config.images, reader(), tmp_path / file.name, 0, lambda what, done, total: None)
+        return len(tables)
+
+    assert found(inside) == 1
+    with pytest.raises(CuveeError, match=r"row 1: the image .*1\.png' is not in the folder of its data set"):
+        found(tmp_path / "img" / "1.png")
+
+
 @pytest.mark.parametrize(
     ("objective", "more", "said"),
     [
