@@ -184,7 +184,7 @@ def report(lab: Coefficients, options: argparse.Namespace) -> str:
     lines.append(["---", *("---:" for _ in lines[0][1:])])
 
     def row(title: str, count: str, share: str, tests: Sequence[Mapping[str, float]]) -> None:
-        there = [names for names in (tasks, others) if set(names) <= tests[0].keys()]
+        there = [names for names in (tasks, others) if all(set(names) <= test.keys() for test in tests)]
         groups = [points([statistics.fmean(test[t] for t in names) for test in tests]) for names in there]
         each = [f"{100 * statistics.fmean(test[task] for test in tests):.1f}" for task in tasks]
         lines.append([title, count, share, groups[0], groups[1] if groups[1:] else "", *each])
