@@ -18,6 +18,8 @@ from embeddings.reconstruction.images import ImageReader, image_reader
 from embeddings.reconstruction.patches import head_of
 from embeddings.reconstruction.reader import Reader
 from embeddings.training import lora
+from embeddings.training.backbone import recompute_activations
+from embeddings.training.checkpointing import Learner
 from merging.checkpoint import Checkpoint, read_json
 from merging.errors import CuveeError
 from merging.loading import adapter_merged, check_device, only_our_words
@@ -65,7 +67,7 @@ def open_reconstructor(
     return Reconstructor(module, tokenizer, processor, dtype=settings.dtype, base=str(ref))
 
 
-class Reconstructor:
+class Reconstructor(Learner):
     """A language model with what reconstruction needs of it.
 
     Attributes:
@@ -179,39 +181,11 @@ class Reconstructor:
         row, token = batch.eos_places().unbind(1)
         return hidden[row, token].float()
 
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Those that are trained."""
-        return (parameter for _, parameter in self.named_parameters())
-
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Those that are trained, by the name that `state` gives them."""
         yield from ((name, value) for name, value in self.module.named_parameters() if value.requires_grad)
         if self.patch_head is not None:
             yield from ((f"patch_head.{name}", value) for name, value in self.patch_head.named_parameters())
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """The trained tensors by name, not copied: for a checkpoint to resume from."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
-
-    def load_state(self, state: Mapping[str, torch.Tensor], where: str = "checkpoint") -> None:
-        """Takes over what `state` gave.
-
-        Raises:
-            CuveeError: tensors are missing, too many or of another shape.
-        """
-        import torch
-
-        own = self.state()
-        mend = "remove the checkpoint, to begin anew"
-        for name in sorted(own.keys() ^ state.keys()):
-            what = "lacks the tensor" if name in own else "has a tensor that is not trained here,"
-            raise CuveeError(f"{what} '{name}'", where=where, mend=mend)
-        with torch.no_grad():
-            for name, value in own.items():
-                if value.shape != state[name].shape:
-                    what = f"'{name}' has the shape {tuple(state[name].shape)}, not {tuple(value.shape)}"
-                    raise CuveeError(what, where=where, mend=mend)
-                value.copy_(state[name])
 
     def save_language_model(self, folder: Path) -> None:
         """Writes the language model with its head, in float32 safetensors, LoRA merged in, and its tokenizer or processor.
@@ -339,12 +313,7 @@ def _choose_trainable(module: Any, settings: ModelSettings, where: str, seed: in
         module.requires_grad_(False)
         lora.add_lora(module, settings.lora, where, seed)
     if settings.gradient_checkpointing:
-        if not module.supports_gradient_checkpointing:
-            what = f"{type(module).__name__} cannot recompute its activations"
-            raise CuveeError(what, where=where, mend="leave 'gradient_checkpointing' out")
-        # transformers 5.23 has renamed it
-        enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        recompute_activations(module, where)
 
 
 def _windows(config: Any, base: str) -> dict[str, int | None]:

@@ -18,9 +18,10 @@ import shutil
 from pathlib import Path
 
 from embeddings.reconstruction.config import PretrainingConfig
+from embeddings.training.run_folder import past_of
 from merging import lineage
 from merging.errors import CuveeError
-from merging.output import just_begun, write_whole
+from merging.output import write_whole
 
 STAGES, LANGUAGE_MODEL, MODEL, CONTRASTIVE, WORK, DATA = (
     *("stages", "language_model", "model", "contrastive", "work", "data"),
@@ -35,15 +36,9 @@ def check_claim(run: Path, config: PretrainingConfig, *, force: bool) -> bool:
     Raises:
         CuveeError: it is something else.
     """
-    try:
-        if not run.is_dir() or just_begun(run) or not any(run.iterdir()):
-            return False
-    except OSError as error:
-        raise CuveeError(f"cannot be looked into: {error.strerror}", where=str(run)) from None
-    mend = "choose another folder"
-    if not (run / lineage.FILE).is_file():
-        raise CuveeError("is not empty and none of our outputs", where=str(run), mend=mend)
-    past = lineage.read(run)
+    past, mend = past_of(run), "choose another folder"
+    if past is None:
+        return False
     if past.get("command") != COMMAND:
         raise CuveeError(f"is an output of `cuvee {past.get('command')}`", where=str(run), mend=mend)
     if "state" not in past:

@@ -18,6 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from embeddings.training import decoder, lora, packing
+from embeddings.training.checkpointing import Learner
 from embeddings.training.data_settings import SIDES
 from merging.checkpoint import Checkpoint
 from merging.errors import CuveeError
@@ -76,7 +77,7 @@ def open_backbone(
     return Backbone(transformer, max_length=max_length, dtype=settings.dtype, base=str(ref))
 
 
-class Backbone:
+class Backbone(Learner):
     """A SentenceTransformer with what training needs of it.
 
     Attributes:
@@ -223,36 +224,9 @@ class Backbone:
             return None
         return packing.find(first.model, causal=not decoder.looks_ahead(first), types=self._types)
 
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Those that are trained."""
-        return (parameter for parameter in self.transformer.parameters() if parameter.requires_grad)
-
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Those that are trained, by the name that `state` gives them."""
         return ((name, value) for name, value in self.transformer.named_parameters() if value.requires_grad)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """The trained tensors by name, not copied: for a checkpoint to resume from."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
-
-    def load_state(self, state: Mapping[str, torch.Tensor], where: str = "checkpoint") -> None:
-        """Takes over what `state` gave.
-
-        Raises:
-            CuveeError: tensors are missing, too many or of another shape.
-        """
-        import torch
-
-        own = self.state()
-        for name in sorted(own.keys() ^ state.keys()):
-            what = "lacks the tensor" if name in own else "has a tensor that is not trained here,"
-            raise CuveeError(f"{what} '{name}'", where=where, mend="remove the checkpoint, to begin anew")
-        with torch.no_grad():
-            for name, value in own.items():
-                if value.shape != state[name].shape:
-                    what = f"'{name}' has the shape {tuple(state[name].shape)}, not {tuple(value.shape)}"
-                    raise CuveeError(what, where=where, mend="remove the checkpoint, to begin anew")
-                value.copy_(state[name])
 
     def save(self, folder: Path) -> None:
         """Writes a sentence-transformers folder, safetensors, in float32; LoRA merged in, and its factors in adapter/.
@@ -272,6 +246,20 @@ class Backbone:
 
         with torch.inference_mode():
             return int(self.embed(self.pad([np.array([1, 2], np.int32)])).shape[1])
+
+
+def recompute_activations(model: Any, where: str) -> None:
+    """Lets a transformers model keep fewer activations, and compute them again for the gradient.
+
+    Raises:
+        CuveeError: its architecture cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        what = f"{type(model).__name__} cannot recompute its activations"
+        raise CuveeError(what, where=where, mend="leave 'gradient_checkpointing' out")
+    # transformers 5.23 has renamed it
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _refuse_settings(settings: ModelSettings, lengths: Mapping[str, int], where: str) -> None:
@@ -358,12 +346,7 @@ def _choose_trainable(transformer: Any, settings: ModelSettings, where: str, see
         transformer.requires_grad_(False)
         lora.add_lora(model, settings.lora, where, seed)
     if settings.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            what = f"{type(model).__name__} cannot recompute its activations"
-            raise CuveeError(what, where=where, mend="leave 'gradient_checkpointing' out")
-        # transformers 5.23 has renamed it
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        recompute_activations(model, where)
 
 
 def _limit(transformer: Any, wanted: int) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from merging.checkpoint import read_json
 from merging.errors import CuveeError
@@ -18,17 +19,39 @@ _STATE = "state.json"
 _WEIGHTS, _OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 
 
-class Learner(Protocol):
+class Learner(ABC):
     """What can be trained and gone on with: a backbone, say."""
 
+    @abstractmethod
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Those that are trained, by the name that `state` gives them."""
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """The trained tensors by name, not copied."""
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Those that are trained."""
+        return (parameter for _, parameter in self.named_parameters())
 
-    def load_state(self, state: Mapping[str, torch.Tensor], where: str = ...) -> None:
-        """Takes over what `state` gave; CuveeError where it does not fit."""
+    def state(self) -> dict[str, torch.Tensor]:
+        """The trained tensors by name, not copied: for a checkpoint to resume from."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def load_state(self, state: Mapping[str, torch.Tensor], where: str = "checkpoint") -> None:
+        """Takes over what `state` gave.
+
+        Raises:
+            CuveeError: tensors are missing, too many or of another shape.
+        """
+        import torch
+
+        own, mend = self.state(), "remove the checkpoint, to begin anew"
+        for name in sorted(own.keys() ^ state.keys()):
+            what = "lacks the tensor" if name in own else "has a tensor that is not trained here,"
+            raise CuveeError(f"{what} '{name}'", where=where, mend=mend)
+        with torch.no_grad():
+            for name, value in own.items():
+                if value.shape != state[name].shape:
+                    what = f"'{name}' has the shape {tuple(state[name].shape)}, not {tuple(value.shape)}"
+                    raise CuveeError(what, where=where, mend=mend)
+                value.copy_(state[name])
 
 
 def save(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

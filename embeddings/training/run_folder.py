@@ -48,6 +48,22 @@ def at_work(run: Path) -> Iterator[None]:
         yield
 
 
+def past_of(run: Path) -> dict[str, Any] | None:
+    """What the folder says of itself; None where nothing is in it.
+
+    Raises:
+        CuveeError: it holds something, and says nothing.
+    """
+    try:
+        if not run.is_dir() or just_begun(run) or not any(run.iterdir()):
+            return None
+    except OSError as error:
+        raise CuveeError(f"cannot be looked into: {error.strerror}", where=str(run)) from None
+    if not (run / lineage.FILE).is_file():
+        raise CuveeError("is not empty and none of our outputs", where=str(run), mend="choose another folder")
+    return lineage.read(run)
+
+
 def check_claim(
     run: Path, command: str, config: TrainingConfig, *, force: bool, more: Mapping[str, Any] | None = None
 ) -> bool:
@@ -59,14 +75,9 @@ def check_claim(
     Raises:
         CuveeError: it is something else.
     """
-    try:
-        if not run.is_dir() or just_begun(run) or not any(run.iterdir()):
-            return False
-    except OSError as error:
-        raise CuveeError(f"cannot be looked into: {error.strerror}", where=str(run)) from None
-    if not (run / lineage.FILE).is_file():
-        raise CuveeError("is not empty and none of our outputs", where=str(run), mend="choose another folder")
-    past = lineage.read(run)
+    past = past_of(run)
+    if past is None:
+        return False
     if past.get("state") == "begun" and not any((run / part).exists() for part in _MADE):
         return False  # its data or settings were refused: mended, they are another configuration
     if past.get("command") != command:

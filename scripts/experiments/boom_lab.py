@@ -283,19 +283,8 @@ class Lab:
 
     def score(self, model: Path, tasks: Sequence[str], split: str = "test") -> dict[str, float]:
         """Main scores in [0, 1] by task."""
-        out = self.plan.out / "evaluation"
-        found, _ = evaluation.evaluate(
-            [str(model)],
-            out,
-            names=list(tasks),
-            suites=[self.plan.suite],
-            split=split,
-            settings=evaluation.Settings(device=self.plan.device),
-            progress=self.plan.progress,
-        )
-        evaluation.refuse_failures(found)
-        shutil.rmtree(out)  # vectors of models that nobody asks for again
-        return {task: float(score) for task, score in next(iter(found["scores"].values())).items()}
+        plan = self.plan
+        return score(model, tasks, split, plan.suite, plan.out, device=plan.device, progress=plan.progress)
 
     def calibrate(self) -> dict[str, float]:
         """Seconds of a pair-pass, of a test, of a validation, and of a model besides its steps; measured once."""
@@ -330,6 +319,26 @@ class Lab:
     def _drop(self, folder: Path) -> None:
         if not self.plan.keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def score(
+    model: Path, tasks: Sequence[str], split: str, suite: Path, folder: Path, *, device: str, progress: Work
+) -> dict[str, float]:
+    """A model's main scores in [0, 1] by task, made in an experiment's folder."""
+    out = folder / "evaluation"
+    shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
+    found, _ = evaluation.evaluate(
+        [str(model)],
+        out,
+        names=list(tasks),
+        suites=[suite],
+        split=split,
+        settings=evaluation.Settings(device=device),
+        progress=progress,
+    )
+    evaluation.refuse_failures(found)
+    shutil.rmtree(out)  # vectors of models that nobody asks for again
+    return {task: float(score) for task, score in next(iter(found["scores"].values())).items()}
 
 
 def make_suite(source: Path | None, out: Path, wanted: Sequence[str], rows: int, test_rows: int) -> None:

@@ -31,10 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from boom_lab import commit, make_suite, read
+from boom_lab import commit, make_suite, read, score
 from boom_table import markdown, points
 
-from embeddings.evaluation import evaluate as evaluation
 from embeddings.evaluation import suite
 from embeddings.quickstart import demo_model
 from embeddings.training import config as training_config
@@ -287,7 +286,7 @@ class Lab:
         elif name in self.names:
             found = {"test": self.score(self.model(name, seed), [*self.tasks, *self.others])}
         else:
-            found = self._tuned(METHODS[name], seed)
+            found = self._tuned(name, seed)
         write_whole(file, json.dumps(found, indent=1) + "\n")
         return found
 
@@ -305,9 +304,9 @@ class Lab:
                 write_whole(file, json.dumps(known, indent=1) + "\n")
         return list(known.values())
 
-    def _tuned(self, method: Method, seed: int) -> dict[str, Any]:
+    def _tuned(self, name: str, seed: int) -> dict[str, Any]:
+        method = METHODS[name]
         if self.options.tune_once and seed != self.options.tune_seed:
-            name = next(name for name, each in METHODS.items() if each is method)
             setting = self.record(name, self.options.tune_seed)["setting"]
             test = self._score_merge(method, setting, self.names, seed, [*self.tasks, *self.others], "test")
             return {"setting": setting, "validation": [], "test": test}
@@ -328,20 +327,8 @@ class Lab:
 
     def score(self, model: Path, tasks: Sequence[str], split: str = "test") -> dict[str, float]:
         """Main scores in [0, 1] by task."""
-        out = self.out / "evaluation"
-        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
-        found, _ = evaluation.evaluate(
-            [str(model)],
-            out,
-            names=list(tasks),
-            suites=[self.out / "suite"],
-            split=split,
-            settings=evaluation.Settings(device=self.options.device),
-            progress=self.progress,
-        )
-        evaluation.refuse_failures(found)
-        shutil.rmtree(out)
-        return {task: float(score) for task, score in next(iter(found["scores"].values())).items()}
+        device, progress = self.options.device, self.progress
+        return score(model, tasks, split, self.out / "suite", self.out, device=device, progress=progress)
 
 
 def report(lab: Lab, options: argparse.Namespace) -> str:

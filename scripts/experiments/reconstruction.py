@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from boom_lab import commit, make_suite, read
+from boom_lab import commit, make_suite, read, score
 from boom_table import markdown, points
 
-from embeddings.evaluation import evaluate as evaluation
 from embeddings.reconstruction import config as pretraining_config
 from embeddings.reconstruction.run import pretrain_run
 from embeddings.training import config as training_config
@@ -204,20 +202,8 @@ class Lab:
 
     def _score(self, model: Path, tasks: Sequence[str], split: str = "test") -> dict[str, float]:
         """Main scores in [0, 1] by task."""
-        out = self.out / "evaluation"
-        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed
-        found, _ = evaluation.evaluate(
-            [str(model)],
-            out,
-            names=list(tasks),
-            suites=[self.out / "suite"],
-            split=split,
-            settings=evaluation.Settings(device=self.options.device),
-            progress=self.progress,
-        )
-        evaluation.refuse_failures(found)
-        shutil.rmtree(out)
-        return {task: float(score) for task, score in next(iter(found["scores"].values())).items()}
+        device, progress = self.options.device, self.progress
+        return score(model, tasks, split, self.out / "suite", self.out, device=device, progress=progress)
 
 
 def report(lab: Lab, options: argparse.Namespace) -> str:
