@@ -114,7 +114,7 @@ def measured(work: str, options: argparse.Namespace, scratch: Path) -> dict[str,
         for name in sorted(steps, reverse=repeat % 2 == 1):
             took = one_step(steps[name], optimizer, options.device)
             if repeat:
-                found[name].append({**took, "tokens": batches[name].tokens})
+                found[name].append({**took, "tokens": batches[name].counts.tokens})
     return found
 
 

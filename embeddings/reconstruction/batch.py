@@ -21,6 +21,10 @@ NO_LABEL = -1
 class Images(Protocol):
     """The images of a batch."""
 
+    @property
+    def masked(self) -> int:
+        """How many image tokens are masked."""
+
     def arguments(self) -> Mapping[str, Any]:
         """What the model's forward takes of them, by its names."""
 
@@ -49,6 +53,29 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a step's means are over: the sizes of a batch, or of all parts of a step.
+
+    Attributes:
+        tokens: without padding.
+        predictions: tokens that are predicted …
+        targets: … and those among them that are of a target.
+        patches: image tokens that are masked.
+    """
+
+    tokens: int = 0
+    predictions: int = 0
+    targets: int = 0
+    patches: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(own + its for own, its in zip(self.values(), other.values(), strict=True)))
+
+    def values(self) -> tuple[int, int, int, int]:
+        return self.tokens, self.predictions, self.targets, self.patches
 
 
 @dataclass(frozen=True)
@@ -81,9 +108,10 @@ class Batch:
         return int(self.ids.shape[0])
 
     @property
-    def tokens(self) -> int:
-        """Without padding."""
-        return int((self.segments != PADDING).sum())
+    def counts(self) -> Counts:
+        targets = int((self.predicted_segments() == TARGET).sum())
+        patches = self.images.masked if self.images is not None else 0
+        return Counts(int((self.segments != PADDING).sum()), len(self.labels), targets, patches)
 
     def eos_places(self) -> torch.Tensor:
         """(sequences, 2) int64: row and token of every EOS that a sequence goes through, in reading order."""

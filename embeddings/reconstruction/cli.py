@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embeddings.training.cli import Force, Log, Seed
+from embeddings.training.cli import Device, Force, Log, Processes, Seed, carry_out, options_of
 from merging.cli import DryRun, Json
 
 if TYPE_CHECKING:
     from embeddings.training.options import Options
+    from merging.progress import Work
 
 Config = Annotated[Path, typer.Argument(help="The configuration, a YAML.", readable=False)]
 Run = Annotated[Path, typer.Argument(help="The run's folder; what is in it is not made again.", readable=False)]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …")]
+
+_HELP: Mapping[str, str] = {
+    "cocoa": "CoCoA: look both ways, then tell a text's pair again from its EOS (arXiv 2603.01471).",
+    "llm-ql": "LLM-QL: tell the query from the EOS of a corrupted document (arXiv 2504.05216).",
+    "retromae": "In RetroMAE's manner: tell a text again from the EOS of a corrupted copy (arXiv 2205.12035).",
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -23,83 +30,42 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(
         help="Teach a decoder to put a text into its EOS embedding, by reconstruction, before contrastive training."
     )
-    group.command()(cocoa)
-    group.command("llm-ql")(llm_ql)
-    group.command()(retromae)
+    for objective, text in _HELP.items():
+        group.command(objective, help=text)(_command(objective))
     app.add_typer(group, name="pretrain")
 
 
-def cocoa(
-    config: Config,
-    run: Run,
-    device: Device = "cpu",
-    seed: Seed = None,
-    log: Log = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """CoCoA: look both ways, then tell a text's pair again from its EOS (arXiv 2603.01471)."""
-    _pretrain("cocoa", config, run, seed, _options(device, force, log), dry_run, as_json)
+def _command(objective: str) -> Callable[..., None]:
+    def pretrain(
+        config: Config,
+        run: Run,
+        device: Device = "cpu",
+        seed: Seed = None,
+        processes: Processes = 1,
+        log: Log = None,
+        force: Force = False,
+        dry_run: DryRun = False,
+        as_json: Json = False,
+    ) -> None:
+        from merging.loading import wait_passively
 
+        wait_passively()
+        from embeddings.reconstruction import config as pretraining_config
+        from embeddings.training import metrics
+        from merging.cli import say
 
-def llm_ql(
-    config: Config,
-    run: Run,
-    device: Device = "cpu",
-    seed: Seed = None,
-    log: Log = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """LLM-QL: tell the query from the EOS of a corrupted document (arXiv 2504.05216)."""
-    _pretrain("llm-ql", config, run, seed, _options(device, force, log), dry_run, as_json)
+        metrics.refuse_unknown(log or ())
+        settings = pretraining_config.load(config, objective).seeded(seed)
+        from embeddings.reconstruction.run import plan, pretrain_run
 
+        def job(options: Options, progress: Work) -> dict[str, Any]:
+            if dry_run:
+                return plan(settings, run, options=options, progress=progress)
+            return pretrain_run(settings, run, options=options, progress=progress, note=say)
 
-def retromae(
-    config: Config,
-    run: Run,
-    device: Device = "cpu",
-    seed: Seed = None,
-    log: Log = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """In RetroMAE's manner: tell a text again from the EOS of a corrupted copy (arXiv 2205.12035)."""
-    _pretrain("retromae", config, run, seed, _options(device, force, log), dry_run, as_json)
+        carry_out(job, options_of(device, "1", processes, force, log, dry_run), force or dry_run, as_json, _tell)
 
-
-def _pretrain(
-    objective: str, config: Path, run: Path, seed: int | None, options: Options, dry_run: bool, as_json: bool
-) -> None:
-    from merging.loading import wait_passively
-
-    wait_passively()
-    from embeddings.reconstruction import config as pretraining_config
-    from embeddings.training import metrics
-    from merging.cli import finish, resumable, say
-    from merging.progress import work_bars
-
-    metrics.refuse_unknown(options.logs)
-    settings = pretraining_config.load(config, objective).seeded(seed)
-    from embeddings.reconstruction.run import plan, pretrain_run
-
-    with work_bars() as progress, resumable(not (options.force or dry_run)):
-        if dry_run:
-            result = plan(settings, run, options=options, progress=progress)
-        else:
-            result = pretrain_run(settings, run, options=options, progress=progress, note=say)
-    if not as_json:
-        _tell(result)
-    finish(result, as_json)
-
-
-def _options(device: str, force: bool, log: list[str] | None) -> Options:
-    from embeddings.training.options import Options
-
-    return Options(device=device, force=force, logs=tuple(log or ()))
+    return pretrain
 
 
 def _tell(result: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from embeddings.reconstruction.batch import EOS, SOURCE, TARGET, Batch, Row, stack
+from embeddings.reconstruction.batch import EOS, SOURCE, TARGET, Batch, Counts, Row, stack
 from embeddings.reconstruction.images import ImageBatch, Picture, pictures_of
 from embeddings.reconstruction.objective import (
     Example,
@@ -68,12 +68,12 @@ class WarmUp:
         free[: max(1, len(before))] = False  # nothing is before the first to predict it; and an image has no words
         return masked_row(ids, segments, drawn(self.mask, free, draw), reader.mask_id)
 
-    def loss(self, model: Reconstructor, batch: Batch, of: Sequence[Batch] = ()) -> Outcome:
+    def loss(self, model: Reconstructor, batch: Batch, whole: Counts | None = None) -> Outcome:
         hidden = model.hidden(batch)
-        outcome = predicted_mean(model, hidden, batch, of)
+        outcome = predicted_mean(model, hidden, batch, whole)
         if not isinstance(batch.images, ImageBatch) or batch.images.targets is None:
             return outcome
-        share = _masked_patches([batch]) / _masked_patches(of or [batch])
+        share = batch.images.masked / whole.patches if whole else 1.0
         painted = patch_loss(model.patch_head, hidden, batch.images) * share
         numbers = {**outcome.numbers, "patch_loss": painted.detach()}
         return Outcome(outcome.loss + self.patch_weight * painted, numbers, outcome.predictions)
@@ -116,10 +116,10 @@ class Bridge:
         masked[-len(target)] = True
         return masked_row(ids, segments, masked, reader.mask_id)
 
-    def loss(self, model: Reconstructor, batch: Batch, of: Sequence[Batch] = ()) -> Outcome:
+    def loss(self, model: Reconstructor, batch: Batch, whole: Counts | None = None) -> Outcome:
         if self.bridge == "embedding":
-            return predicted_mean(model, *through_embedding(model, batch), of)
-        return predicted_mean(model, model.hidden(batch, eos_sees_b=self.eos_sees_b), batch, of)
+            return predicted_mean(model, *through_embedding(model, batch), whole)
+        return predicted_mean(model, model.hidden(batch, eos_sees_b=self.eos_sees_b), batch, whole)
 
 
 def image_ids(picture: Picture | None, reader: Reader) -> NDArray[np.int64]:
@@ -133,12 +133,6 @@ def stacked(rows: Sequence[Row], pictures: Sequence[Picture | None], pattern: st
     pack = 0 if there else reader.pack
     batch = stack(rows, pattern, pad_id=reader.pad_id, pad_left=reader.pad_left, pack=pack)
     return reader.processor.attached(batch, there) if there else batch
-
-
-def _masked_patches(batches: Sequence[Batch]) -> int:
-    """How many image tokens are masked."""
-    places = (each.images.places for each in batches if isinstance(each.images, ImageBatch))
-    return sum(len(own) for own in places if own is not None)
 
 
 def needed_target(example: Example, reader: Reader) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -72,6 +72,8 @@ _PRETRAINED = "the-pre-trained-model"
 _OF_CONTRASTIVE_MODEL = ("lora", "dtype", "gradient_checkpointing", "trust_remote_code")
 #: What `data:` may say for `cuvee train` alone.
 _CONTRASTIVE_ONLY = ("loss", "mine", "negatives")
+#: Objectives whose models look to both sides.
+_BIDIRECTIONAL = ("cocoa", "retromae")
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,11 @@ class PretrainingConfig:
     def at(self, key: str) -> str:
         """Where the configuration says it: "config.yml:3"; the file where it says nothing."""
         return self.lines.get(key, self.where)
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether the model looks to both sides."""
+        return self.objective in _BIDIRECTIONAL
 
     @property
     def reading(self) -> TrainingConfig:

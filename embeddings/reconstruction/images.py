@@ -67,6 +67,11 @@ class ImageBatch:
     targets: torch.Tensor | None = None
     places: torch.Tensor | None = None
 
+    @property
+    def masked(self) -> int:
+        """How many image tokens are masked."""
+        return 0 if self.places is None else len(self.places)
+
     def arguments(self) -> Mapping[str, torch.Tensor]:
         """As the model's forward names them."""
         return {"pixel_values": self.pixels, "image_grid_thw": self.grids}

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from embeddings.reconstruction.batch import NO_LABEL, TARGET, Batch, Row, stack
+from embeddings.reconstruction.batch import NO_LABEL, TARGET, Batch, Counts, Row, stack
 from embeddings.reconstruction.cocoa import needed_target
 from embeddings.reconstruction.images import refuse_images
-from embeddings.reconstruction.objective import Example, Outcome, bridged, cross_entropy, predictions
+from embeddings.reconstruction.objective import Example, Outcome, bridged, cross_entropy
 from embeddings.reconstruction.reader import Reader
 from merging.errors import CuveeError
 
@@ -62,14 +62,14 @@ class QueryLikelihood:
         counted = segments == TARGET if self.loss_on == "query" else np.arange(len(ids)) > 0
         return Row(ids, segments, np.where(counted, ids, NO_LABEL))
 
-    def loss(self, model: Reconstructor, batch: Batch, of: Sequence[Batch] = ()) -> Outcome:
+    def loss(self, model: Reconstructor, batch: Batch, whole: Counts | None = None) -> Outcome:
         losses, right = cross_entropy(model, model.hidden(batch), batch)
-        of = of or [batch]
-        query, count = batch.predicted_segments() == TARGET, predictions(of, target=True)
+        whole = whole or batch.counts
+        query, count = batch.predicted_segments() == TARGET, max(1, whole.targets)
         numbers = {"accuracy": (right & query).sum() / count}
         if self.loss_on == "all":
             numbers["query_loss"] = (losses.detach() * query).sum() / count
-        return Outcome(losses.sum() / predictions(of), numbers, len(losses))
+        return Outcome(losses.sum() / max(1, whole.predictions), numbers, len(losses))
 
 
 def corrupted(text: str, share: float, draw: np.random.Generator) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from embeddings.reconstruction.batch import EOS, NO_LABEL, SOURCE, TARGET, Batch, Row
+from embeddings.reconstruction.batch import EOS, NO_LABEL, SOURCE, TARGET, Batch, Counts, Row
 from embeddings.reconstruction.reader import Reader
 
 if TYPE_CHECKING:
@@ -76,11 +76,11 @@ class Objective(Protocol):
             CuveeError: an example lacks what the objective needs.
         """
 
-    def loss(self, model: Reconstructor, batch: Batch, of: Sequence[Batch] = ()) -> Outcome:
+    def loss(self, model: Reconstructor, batch: Batch, whole: Counts | None = None) -> Outcome:
         """Of a batch on the model's device.
 
         Args:
-            of: the parts of a whole, this batch one of them: loss and numbers are what it adds to those of the whole.
+            whole: what the batch is a part of: loss and numbers are what it adds to those of the whole.
         """
 
 
@@ -97,17 +97,10 @@ def cross_entropy(model: Reconstructor, hidden: torch.Tensor, batch: Batch) -> t
     return losses, logits.detach().argmax(1) == batch.labels
 
 
-def predictions(batches: Sequence[Batch], *, target: bool | None = None) -> int:
-    """How many tokens are predicted; with `target` true those of targets alone, with false the others. At least 1."""
-    if target is None:
-        return max(1, sum(len(batch.labels) for batch in batches))
-    return max(1, sum(int(((batch.predicted_segments() == TARGET) == target).sum()) for batch in batches))
-
-
-def predicted_mean(model: Reconstructor, hidden: torch.Tensor, batch: Batch, of: Sequence[Batch] = ()) -> Outcome:
+def predicted_mean(model: Reconstructor, hidden: torch.Tensor, batch: Batch, whole: Counts | None = None) -> Outcome:
     """The mean loss of all predictions; 0 where a batch has none: texts of one token."""
     losses, right = cross_entropy(model, hidden, batch)
-    count = predictions(of or [batch])
+    count = max(1, (whole or batch.counts).predictions)
     return Outcome(losses.sum() / count, {"accuracy": right.sum() / count}, len(losses))
 
 

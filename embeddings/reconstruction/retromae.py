@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from embeddings.reconstruction.batch import SOURCE, TARGET, Batch, Row, stack
+from embeddings.reconstruction.batch import SOURCE, TARGET, Batch, Counts, Row, stack
 from embeddings.reconstruction.images import refuse_images
 from embeddings.reconstruction.objective import (
     Example,
@@ -24,7 +24,6 @@ from embeddings.reconstruction.objective import (
     cross_entropy,
     drawn,
     masked_row,
-    predictions,
 )
 from embeddings.reconstruction.reader import Reader
 from merging.errors import CuveeError
@@ -70,10 +69,11 @@ class RetroMAE:
         masked[-len(target)] = True
         return masked_row(ids, segments, masked, reader.mask_id)
 
-    def loss(self, model: Reconstructor, batch: Batch, of: Sequence[Batch] = ()) -> Outcome:
+    def loss(self, model: Reconstructor, batch: Batch, whole: Counts | None = None) -> Outcome:
         losses, right = cross_entropy(model, model.hidden(batch, eos_sees_b=False), batch)
         of_target = batch.predicted_segments() == TARGET
-        targets, others = (predictions(of or [batch], target=target) for target in (True, False))
+        whole = whole or batch.counts
+        targets, others = max(1, whole.targets), max(1, whole.predictions - whole.targets)
         decoded = (losses * of_target).sum() / targets
         encoded = (losses * ~of_target).sum() / others
         accuracy = (right & of_target).sum() / targets

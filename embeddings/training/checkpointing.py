@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from embeddings.training.team import Team
 from merging.checkpoint import read_json
 from merging.errors import CuveeError
 from merging.output import put_back, staged
@@ -89,6 +90,21 @@ def load(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer) -> di
         if own:
             optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in own.items()}
     return read_json(folder / _STATE)
+
+
+def load_together(
+    folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, team: Team
+) -> dict[str, Any] | None:
+    """As `load`, in every process of a team; the first one looks first.
+
+    Raises:
+        CuveeError: also where the others find another one.
+    """
+    state = team.told(load(folder, learner, optimizer) if not team.rank else None)
+    if team.rank and state is not None and load(folder, learner, optimizer) != state:
+        mend = "put the run's folder on a disk that all of them share"
+        raise CuveeError("is another one for the first process", where=str(folder), mend=mend)
+    return state
 
 
 def _moments(learner: Learner, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -68,7 +68,7 @@ def train(
             return bag.plan(settings, run, options=options, progress=progress)
         return bag.train_run(settings, run, options=options, progress=progress, note=say)
 
-    _carry_out(job, _options(device, workers, processes, force, log, dry_run), force or dry_run, as_json)
+    carry_out(job, options_of(device, workers, processes, force, log, dry_run), force or dry_run, as_json, _tell)
 
 
 def update(
@@ -102,11 +102,15 @@ def update(
     def job(options: Options, progress: Work) -> dict[str, Any]:
         return update_model(model, data, out, **said, options=options, progress=progress)  # type: ignore[arg-type]
 
-    _carry_out(job, _options(device, "1", processes, force, log, dry_run), force or dry_run, as_json)
+    carry_out(job, options_of(device, "1", processes, force, log, dry_run), force or dry_run, as_json, _tell)
 
 
-def _carry_out(
-    job: Callable[[Options, Work], dict[str, Any]], options: Optional[Options], anew: bool, as_json: bool
+def carry_out(
+    job: Callable[[Options, Work], dict[str, Any]],
+    options: Optional[Options],
+    anew: bool,
+    as_json: bool,
+    tell: Callable[[dict[str, Any]], None],
 ) -> None:
     """Does the work under its bars and prints what came of it; in a process of a team that is not the first, nothing."""
     from merging.cli import finish, resumable
@@ -117,11 +121,12 @@ def _carry_out(
     with work_bars() as progress, resumable(not anew):
         result = job(options, progress)
     if result:
-        _tell(result, as_json)
+        if not as_json:
+            tell(result)
         finish(result, as_json)
 
 
-def _options(
+def options_of(
     device: str, workers: str, processes: int, force: bool, log: Optional[list[str]], dry_run: bool
 ) -> Optional[Options]:
     """How the run is carried out; None where another process of those that were launched tells what it would do."""
@@ -146,12 +151,10 @@ def _check_workers(text: str) -> str:
     return text
 
 
-def _tell(result: dict[str, Any], as_json: bool) -> None:
+def _tell(result: dict[str, Any]) -> None:
     """What was done and what it cost, in one line each."""
     from merging.cli import say
 
-    if as_json:
-        return
     if result.get("dry_run"):
         counted = {"model": len(result["members"]), "step": result["steps"], "row": result["cost"]}
         models, steps, rows = (f"{count:,} {noun}{'s' * (count != 1)}" for noun, count in counted.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +47,10 @@ def train_jobs(
         train_by_ray(config, run, missing, options, progress)
         options = replace(options, force=False)
     elif options.processes > 1 or (options.workers > 1 and len(missing) > 1):
-        from embeddings.training.workers import train_side_by_side
+        from embeddings.training.workers import Task, train_side_by_side
 
-        train_side_by_side(config, run, missing, options, progress)
+        tasks = [Task(job.name, partial(_train_in_process, config, run, job)) for job in missing]
+        train_side_by_side(tasks, run, options, progress)
         options = replace(options, force=False)
     elif options.team.size > 1:
         for job in missing:
@@ -64,10 +66,21 @@ def help_train(config: TrainingConfig, run: Path, options: Options) -> dict[str,
     sets: Sequence[TrainingSet] | None = None
     with disk_errors(run), only_our_words():
         while (job := options.team.told(None)) is not None:
-            sets = sets or read_sets(config, run, replace(options, force=False), lambda *_: None, lambda line: None)
+            sets = sets or _what_was_read(config, run, options)
             train_member(config, sets, job, options, lambda *_: None, run)
     options.team.leave()
     return {}
+
+
+def _train_in_process(
+    config: TrainingConfig, run: Path, job: Job, options: Options, progress: Work, note: Note
+) -> Trained:
+    """A task of `workers`."""
+    return train_member(config, _what_was_read(config, run, options), job, options, progress, run)
+
+
+def _what_was_read(config: TrainingConfig, run: Path, options: Options) -> Sequence[TrainingSet]:
+    return read_sets(config, run, replace(options, force=False), lambda *_: None, lambda line: None)
 
 
 def train_member(

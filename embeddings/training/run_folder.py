@@ -121,13 +121,28 @@ def finish(
 ) -> dict[str, Any]:
     """Writes the run's cuvee.json; what the command prints, with `more` in it."""
     shutil.rmtree(run / WORK, ignore_errors=True)
+    summary = {**summary_of(command, run, config.seed, options, began, trained), **(more or {})}
+    same = {key: value for key, value in lineage.read(run).items() if key in ("config", "updates")}
+    write_whole(run / lineage.FILE, lineage.text({**summary, **content, **same, "state": "done"}))
+    return summary
+
+
+def summary_of(
+    command: str, run: Path, seed: int, options: Options, began: float, trained: Mapping[str, Trained]
+) -> dict[str, Any]:
+    """What was made, from what, and what it cost.
+
+    Args:
+        began: of `time.perf_counter`.
+        trained: members or stages; the loss is their mean.
+    """
     rows, seconds = sum(t.rows for t in trained.values()), sum(t.seconds for t in trained.values())
-    summary = {
+    return {
         "command": command,
         "out": str(run),
         "model": str(run / MODEL),
         "seconds": round(time.perf_counter() - began, 1),
-        "seed": config.seed,
+        "seed": seed,
         "device": options.device,
         "cuvee_version": lineage.cuvee_version(),
         "members": {name: asdict(done) for name, done in trained.items()},
@@ -135,11 +150,7 @@ def finish(
         "pairs_per_second": round(rows / seconds, 1) if seconds else 0.0,
         "loss": round(float(np.mean([done.loss for done in trained.values()])), 6),
         "cost": rows,
-        **(more or {}),
     }
-    same = {key: value for key, value in lineage.read(run).items() if key in ("config", "updates")}
-    write_whole(run / lineage.FILE, lineage.text({**summary, **content, **same, "state": "done"}))
-    return summary
 
 
 def _identity(config: TrainingConfig, more: Mapping[str, Any] | None) -> dict[str, Any]:

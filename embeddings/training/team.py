@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from merging.errors import CuveeError
 
@@ -108,6 +108,17 @@ class Team:
         with _told_if_lost():
             torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def gathered(self, value: _Value) -> list[_Value]:
+        """What each process calls it with, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        import torch
+
+        found: list[Any] = [None] * self.size
+        with _told_if_lost():
+            torch.distributed.all_gather_object(found, value)
+        return found
 
     def leave(self) -> None:
         """To call by each process when there is nothing more to exchange."""

@@ -136,7 +136,8 @@ def train(
     losses = objectives(config, sets)
     backbone = open_backbone()
     optimizer = adamw(backbone, config.learning_rate, config.weight_decay)
-    state = _checkpoint(job, backbone, optimizer, team) if not force else None
+    folder = job.work / "checkpoint"
+    state = checkpointing.load_together(folder, backbone, optimizer, team) if not force else None
     if state is not None and state["made_by"] != made_by:
         mend = "choose another folder, or add --force to begin anew"
         raise CuveeError("holds the checkpoint of another training", where=str(job.work), mend=mend)
@@ -277,17 +278,6 @@ class _Window:
             "losses": {name: round(float(np.mean(own)), 6) for name, own in self._by_set.items()},
             "pairs_per_second": round(self._rows / (time.perf_counter() - self._began), 2),
         }
-
-
-def _checkpoint(job: Job, backbone: Backbone, optimizer: torch.optim.Optimizer, team: Team) -> dict[str, Any] | None:
-    """The state that a job's checkpoint was left in, put back in every process; the first one looks first."""
-    folder = job.work / "checkpoint"
-    mine = checkpointing.load(folder, backbone, optimizer) if not team.rank else None
-    state = team.told(mine)
-    if team.rank and state is not None and checkpointing.load(folder, backbone, optimizer) != state:
-        mend = "put the run's folder on a disk that all of them share"
-        raise CuveeError("is another one for the first process", where=str(folder), mend=mend)
-    return state
 
 
 def schedule_of(config: TrainingConfig, sets: Sequence[TrainingSet], job: Job) -> Schedule:

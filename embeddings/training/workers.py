@@ -1,4 +1,4 @@
-"""Members trained side by side, each in a process of its own or in several: shares of the cores, or GPUs of their own."""
+"""Trainings side by side, each in a process of its own or in several: shares of the cores, or GPUs of their own."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import multiprocessing
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embeddings.training.config import TrainingConfig
 from embeddings.training.disk import disk_errors
 from embeddings.training.team import LostError, join
 from merging.engine import default_threads
@@ -22,42 +21,55 @@ from merging.processes import die_with_parent, own_gpu
 
 if TYPE_CHECKING:
     from embeddings.training.options import Options
-    from embeddings.training.train import Job
     from merging.progress import Work
+
+Note = Callable[[str], None]
 
 _LAST_WORDS = 10.0  # seconds in which the run hears why a process ended, before others tell that they miss it
 
 
+@dataclass(frozen=True)
+class Task:
+    """A training; can be sent to another process.
+
+    Attributes:
+        train: called in each of its processes, with the options of that one, its bar, and who is told what happens.
+    """
+
+    name: str
+    train: Callable[[Options, Work, Note], object]
+
+
 def train_side_by_side(
-    config: TrainingConfig, run: Path, jobs: Sequence[Job], options: Options, progress: Work
+    tasks: Sequence[Task], run: Path, options: Options, progress: Work, note: Note = lambda line: None
 ) -> None:
-    """Trains the jobs, so many at a time as there are workers, each in so many processes.
+    """Carries the tasks out, so many at a time as there are workers, each in so many processes.
 
     Raises:
         CuveeError: of the first process that fails; the others are stopped, and go on from their checkpoints next time.
     """
     context = multiprocessing.get_context("spawn")
-    workers = min(options.workers, len(jobs))
+    workers = min(options.workers, len(tasks))
     threads = _threads(workers * options.processes)
-    waiting, running = list(jobs), dict[Connection, tuple[SpawnProcess, int]]()
+    waiting, running = list(tasks), dict[Connection, tuple[SpawnProcess, int]]()
     with tempfile.TemporaryDirectory() as meetings:
         try:
             while waiting or running:
                 busy = {slot for _, slot in running.values()}
                 for slot in [slot for slot in range(workers) if slot not in busy][: len(waiting)]:
-                    job = waiting.pop(0)
+                    task = waiting.pop(0)
                     for rank in range(options.processes):
                         ours, theirs = context.Pipe(duplex=False)
                         settings = replace(options, device=own_gpu(options.device, slot * options.processes + rank))
-                        place = _Place(rank, f"file://{meetings}/{job.name}", threads)
-                        arguments = (config, run, job, settings, place, theirs)
-                        process = context.Process(target=_work, name=job.name, args=arguments)
+                        place = _Place(rank, f"file://{meetings}/{task.name}", threads)
+                        arguments = (task, run, settings, place, theirs)
+                        process = context.Process(target=_work, name=task.name, args=arguments)
                         process.start()
                         theirs.close()
                         running[ours] = process, slot
                 for ready in wait(list(running)):
                     assert isinstance(ready, Connection)
-                    _hear(ready, running, progress)
+                    _hear(ready, running, progress, note)
         finally:
             for process, _ in running.values():
                 process.terminate()
@@ -65,7 +77,7 @@ def train_side_by_side(
                 process.join()
 
 
-def _hear(ready: Connection, running: dict[Connection, tuple[SpawnProcess, int]], progress: Work) -> None:
+def _hear(ready: Connection, running: dict[Connection, tuple[SpawnProcess, int]], progress: Work, note: Note) -> None:
     """One message of a process, or its end."""
     try:
         message = ready.recv()
@@ -79,7 +91,10 @@ def _hear(ready: Connection, running: dict[Connection, tuple[SpawnProcess, int]]
         return
     if isinstance(message, CuveeError):
         raise message
-    progress(*message)
+    if isinstance(message, str):
+        note(message)
+    else:
+        progress(*message)
 
 
 def _threads(processes: int) -> int:
@@ -91,7 +106,7 @@ def _threads(processes: int) -> int:
 
 @dataclass(frozen=True)
 class _Place:
-    """One process among those that train a member.
+    """One process among those that carry out a task.
 
     Attributes:
         meeting: a URL where they find each other.
@@ -102,8 +117,7 @@ class _Place:
     threads: int
 
 
-def _work(config: TrainingConfig, run: Path, job: Job, options: Options, place: _Place, report: Any) -> None:
-    from embeddings.training import members
+def _work(task: Task, run: Path, options: Options, place: _Place, report: Any) -> None:
     from merging.loading import only_our_words, wait_passively
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run that is interrupted ends its workers
@@ -119,18 +133,12 @@ def _work(config: TrainingConfig, run: Path, job: Job, options: Options, place: 
             told[0] = time.monotonic()
             report.send((what, done, total))
 
-    def silent(*_: Any) -> None:
-        return None
-
     try:
         with disk_errors(run), only_our_words():
-            sets = members.read_sets(
-                config, run, replace(options, force=False), silent, silent
-            )  # what the run has read
             if options.processes > 1:
                 team = join(place.rank, options.processes, options.device, place.meeting)
                 options = replace(options, team=team)
-            members.train_member(config, sets, job, options, progress, run)
+            task.train(options, progress, report.send if not place.rank else lambda line: None)
             options.team.leave()
     except LostError as error:
         time.sleep(_LAST_WORDS)  # the lost one's own are the better ones
