@@ -60,12 +60,13 @@ class WarmUp:
 
     def row(self, example: Example, picture: Picture | None, reader: Reader, draw: np.random.Generator) -> Row:
         target = [] if example.target is None else reader.cut(example.target, "target")
-        before = image_ids(picture, reader)
-        ids = np.array([*before, *reader.cut(example.source), *target, reader.eos_id], np.int64)
+        image, source = image_ids(picture, reader), reader.cut(example.source)
+        ids = np.array([*image, *source, *target, reader.eos_id], np.int64)
         segments = np.full(len(ids), SOURCE, np.int64)
         segments[-1] = EOS
         free = segments == SOURCE
-        free[: max(1, len(before))] = False  # nothing is before the first to predict it; and an image has no words
+        before = len(image) + reader.before(source, example.prompt)
+        free[: max(1, before)] = False  # nothing is before the first to predict it; and an image has no words
         return masked_row(ids, segments, drawn(self.mask, free, draw), reader.mask_id)
 
     def loss(self, model: Reconstructor, batch: Batch, whole: Counts | None = None) -> Outcome:

@@ -29,7 +29,7 @@ from merging.progress import Work
 #: Graded pairs count as pairs from this score on: what does not belong together cannot be told from the other.
 ALIKE = 0.5
 _HELD, _SHARE_HELD = 64, 10
-_FORM = 1  # of the token ids: raise it when the same texts would give others
+_FORM = 2  # of the token ids: raise it when the same texts would give others
 
 
 class Tokenize:
@@ -55,7 +55,10 @@ class Tokenize:
         return str(xxhash.xxh3_128_hexdigest(content.encode("utf-8", "surrogatepass")))
 
     def __call__(self, texts: list[str], side: str, prompt: str | None) -> list[list[int]]:
-        return [row[: self._max_length[side]] for row in self._reader.ids([(prompt or "") + text for text in texts])]
+        """A text without a token of its own, behind the prompt and within the length, has none at all."""
+        every = self._reader.ids([(prompt or "") + text for text in ("", *texts)])
+        bare, *rows = (row[: self._max_length[side]] for row in every)
+        return [[] if row == bare else row for row in rows]
 
 
 def read_sets(
@@ -68,9 +71,10 @@ def read_sets(
         fresh: read what the hub has now.
 
     Raises:
-        CuveeError: at the file and line of the first row that is wrong.
+        CuveeError: at the file and line of the first row that is wrong; a set of which no row has tokens in all its texts.
     """
-    return load_sets(config.reading, Tokenize(reader, config.max_length), cache, progress, fresh=fresh)
+    sets = load_sets(config.reading, Tokenize(reader, config.max_length), cache, progress, fresh=fresh)
+    return [replace(found, notes=(*found.notes, *_of_wordless(found))) for found in sets]
 
 
 @dataclass(frozen=True)
@@ -160,13 +164,27 @@ class Texts:
         after = 0 if shared else self._queries
         documents = [after + found.positives[int(row)].astype(np.int64) for row in held]
         self.held = np.unique(np.concatenate([found.queries[held].astype(np.int64), *documents]))
-        self.units = np.setdiff1d(np.arange(after + len(found.document_tokens), dtype=np.int64), self.held)
+        lengths = found.document_tokens.lengths
+        if not shared:
+            lengths = np.concatenate([found.query_tokens.lengths, lengths])
+        self.units = np.setdiff1d(np.flatnonzero(lengths), self._known_by_text(self.held, shared))
 
     def example(self, unit: int, draw: np.random.Generator) -> Example:
         first = unit < self._queries
         table, side = (self.found.query_tokens, "query") if first else (self.found.document_tokens, "document")
         number = unit if first else unit - self._queries
-        return Example(_ids(table, number), where=_where(self.found, f"the {side} {table.text(number)[:40]!r}"))
+        where = _where(self.found, f"the {side} {table.text(number)[:40]!r}")
+        return Example(_ids(table, number), prompt=self.settings.prompt_of(side) or "", where=where)
+
+    def _known_by_text(self, held: NDArray[np.int64], shared: bool) -> NDArray[np.int64]:
+        """All numbers of the texts that some have: one text may be a query and, behind another prompt, a document."""
+        if shared or not len(held):
+            return held
+        queries, documents = self.found.query_tokens, self.found.document_tokens
+        own = [number for number in held.tolist() if number < self._queries]
+        theirs = [number - self._queries for number in held.tolist() if number >= self._queries]
+        in_both = _with_text_of(documents, queries, own) + self._queries, _with_text_of(queries, documents, theirs)
+        return np.concatenate([held, *in_both])
 
 
 class Pairs:
@@ -208,7 +226,8 @@ class Pairs:
         return Example(
             _ids(table, number)[: self._max_length[side] - 1],
             self._target(*target),
-            text=(self.found.settings.prompt_of(side) or "") + table.text(number),
+            text=table.text(number),
+            prompt=self.found.settings.prompt_of(side) or "",
             where=_where(self.found, f"row {row + 1}"),
         )
 
@@ -230,19 +249,51 @@ class Pairs:
 def _answers_with(found: TrainingSet, rows: NDArray[np.int64], queries: NDArray[np.int32]) -> NDArray[np.bool_]:
     """(rows,): whether one of a row's positives has the text of one of the queries."""
     own, theirs = found.query_tokens, found.document_tokens
-    same = set(queries.tolist())
-    if own is not theirs:
-        asked = {own.text(int(number)) for number in queries}
-        same = {number for number in range(len(theirs)) if theirs.text(number) in asked} if asked else set()
+    same = set(queries.tolist() if own is theirs else _with_text_of(theirs, own, queries.tolist()).tolist())
     return np.array([not same.isdisjoint(found.positives[int(row)].tolist()) for row in rows], bool)
 
 
+def _with_text_of(table: TokenTable, other: TokenTable, numbers: Sequence[int]) -> NDArray[np.int64]:
+    """The numbers of the texts in one table that are among some of another."""
+    texts = {other.text(number) for number in numbers}
+    found = [number for number in range(len(table)) if table.text(number) in texts] if texts else []
+    return np.array(found, np.int64)
+
+
 def _pairs(found: TrainingSet) -> NDArray[np.int64]:
-    """The rows whose texts belong together."""
+    """The rows whose texts belong together, and have tokens."""
+    rows = np.flatnonzero(~_wordless(found))
     if found.type in GRADED:
         assert found.scores is not None
-        return np.flatnonzero(found.scores >= ALIKE)
-    return np.arange(len(found), dtype=np.int64)
+        return rows[found.scores[rows] >= ALIKE]
+    return rows
+
+
+def _wordless(found: TrainingSet) -> NDArray[np.bool_]:
+    """(rows,): whether the query or one of the positives has no token."""
+    empty = found.document_tokens.lengths[found.positives.values] == 0
+    before = np.concatenate([[0], np.cumsum(empty)])[found.positives.offsets]  # (rows + 1,)
+    wordless: NDArray[np.bool_] = (np.diff(before) > 0) | (found.query_tokens.lengths[found.queries] == 0)
+    return wordless
+
+
+def _of_wordless(found: TrainingSet) -> tuple[str, ...]:
+    """What is told of the rows without tokens: one line, or none.
+
+    Raises:
+        CuveeError: there are no others.
+    """
+    rows = np.flatnonzero(_wordless(found))
+    if not len(rows):
+        return ()
+    if len(rows) == len(found):
+        what = f"the data set '{found.name}' has no row with tokens in all of its texts"
+        raise CuveeError(what, where=found.settings.where, mend="look at its texts, prompts and 'max_length'")
+    first = int(rows[0])
+    shown = f"row {first + 1}, {found.query_tokens.text(int(found.queries[first]))[:40]!r}"
+    return (
+        f"{found.name}: {len(rows)} of {len(found)} rows have a text without a token and are left out, first {shown}",
+    )
 
 
 def _ids(table: TokenTable, number: int) -> list[int]:

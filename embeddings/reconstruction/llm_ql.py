@@ -53,13 +53,14 @@ class QueryLikelihood:
         for example in examples:
             if example.text is None:
                 raise CuveeError("has no text to corrupt", where=example.where, mend="say 'corruption: 0'")
-            texts.append(corrupted(example.text, self.corruption, draw))
+            texts.append(example.prompt + corrupted(example.text, self.corruption, draw))
         return reader.ids(texts)
 
     def _row(self, example: Example, source: Sequence[int], reader: Reader) -> Row:
         target = np.append(needed_target(example, reader), reader.eos_id)
         ids, segments = bridged(np.asarray(source, np.int64), target, reader.eos_id)
-        counted = segments == TARGET if self.loss_on == "query" else np.arange(len(ids)) > 0
+        before = max(1, reader.before(source, example.prompt))  # nothing is before the first to predict it
+        counted = segments == TARGET if self.loss_on == "query" else np.arange(len(ids)) >= before
         return Row(ids, segments, np.where(counted, ids, NO_LABEL))
 
     def loss(self, model: Reconstructor, batch: Batch, whole: Counts | None = None) -> Outcome:

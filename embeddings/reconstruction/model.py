@@ -6,7 +6,7 @@ applied where something is predicted and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -311,9 +311,25 @@ def _load(folder: Path, ref: str, attention: str, trusted: bool) -> tuple[Any, A
 def _choose_trainable(module: Any, settings: ModelSettings, where: str, seed: int) -> None:
     if settings.lora is not None:
         module.requires_grad_(False)
+        _refuse_tied(module, settings.lora.targets, where)
         lora.add_lora(module, settings.lora, where, seed)
     if settings.gradient_checkpointing:
         recompute_activations(module, where)
+
+
+def _refuse_tied(module: Any, targets: str | Sequence[str], where: str) -> None:
+    """Raises CuveeError where a weight to adapt has another place: it would learn in one and be written to both."""
+    if isinstance(targets, str):
+        return  # peft leaves the head out of all linear layers
+    every = [(name, id(value)) for name, value in module.named_parameters(remove_duplicate=False)]
+    for own, number in every:
+        layer = own.removesuffix(".weight")
+        if not any(f".{layer}".endswith(f".{target}") for target in targets):
+            continue
+        other = next((name for name, its in every if its == number and name != own), None)
+        if other is not None:
+            what = f"LoRA on '{layer}' would change '{other.removesuffix('.weight')}' too: their weights are tied"
+            raise CuveeError(what, where=where, mend="leave it out of the targets")
 
 
 def _windows(config: Any, base: str) -> dict[str, int | None]:

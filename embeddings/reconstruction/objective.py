@@ -26,7 +26,8 @@ class Example:
     Attributes:
         source: token ids, without EOS.
         target: token ids of what is reconstructed, without special tokens; None for a single text.
-        text: the source's text, where an objective changes its words.
+        text: the source's own text, where an objective changes its words.
+        prompt: before the source's text; it is read, and neither masked nor told again.
         image: before the source's text.
         where: file and row, for errors.
     """
@@ -34,6 +35,7 @@ class Example:
     source: Sequence[int]
     target: Sequence[int] | None = None
     text: str | None = None
+    prompt: str = ""
     image: Path | None = None
     where: str = ""
 

@@ -34,6 +34,7 @@ class Reader:
     max_length: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SIDES, 512))
     pack: int = 0
     processor: Any = field(default=None, repr=False)
+    _bare: dict[str, list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def start_tokens(self) -> int:
@@ -41,6 +42,19 @@ class Reader:
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         whole = self.tokenizer("a")["input_ids"]
         return next((place for place in range(len(whole)) if whole[place] == plain[0]), 0)
+
+    def before(self, source: Sequence[int] | NDArray[np.int64], prompt: str = "") -> int:
+        """How many of a source's ids stand before its own text: what the tokenizer puts there, and the prompt's.
+
+        A token that prompt and text share is the text's.
+        """
+        if not prompt:
+            return self.start_tokens
+        bare = self._bare.get(prompt)
+        if bare is None:
+            bare = self._bare[prompt] = self.tokenizer(prompt)["input_ids"]
+        alike = (own == its for own, its in zip(source, bare, strict=False))
+        return next((place for place, same in enumerate(alike) if not same), min(len(source), len(bare)))
 
     def ids(self, texts: Sequence[str], side: str = "source") -> list[list[int]]:
         """Token ids of each text, cut to the side's length.

@@ -57,14 +57,14 @@ class RetroMAE:
 
     def _row(self, example: Example, reader: Reader, draw: np.random.Generator) -> Row:
         source = reader.array(example.source)
-        special = reader.start_tokens
-        target = source[special:][: reader.max_length["target"]]
+        before = reader.before(source, example.prompt)
+        target = source[before:][: reader.max_length["target"]]
         if not len(target):
             raise CuveeError("has no text to reconstruct", where=example.where, mend="remove the row")
         ids, segments = bridged(source, target, reader.eos_id)
         place = np.arange(len(ids))
         masked = draw.random(len(ids)) < np.where(segments == SOURCE, self.encoder_mask, 0.0)
-        masked &= place >= max(1, special)  # nothing is before the first token to predict it
+        masked &= place >= max(1, before)  # nothing is before the first token to predict it
         masked |= drawn(self.decoder_mask, segments == TARGET, draw)
         masked[-len(target)] = True
         return masked_row(ids, segments, masked, reader.mask_id)

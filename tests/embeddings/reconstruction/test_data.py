@@ -42,7 +42,7 @@ def test_a_pair_is_a_source_with_bos_and_a_target_without(tmp_path: Path) -> Non
     example = pairs.example(0, DRAW)
     assert list(example.source) == [models.BOS, *ids_of(first["query"])]
     assert example.target is not None and list(example.target) == ids_of(first["positive"])
-    assert example.text == first["query"] and example.where == "pairs: row 1"
+    assert example.text == first["query"] and not example.prompt and example.where == "pairs: row 1"
 
 
 def test_turned_around_the_document_is_the_source(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_prompt_stands_before_a_source_and_not_in_a_target(tmp_path: Path) -> 
     example = pairs_of(tmp_path, data=data).example(0, DRAW)
     assert list(example.source) == [models.BOS, *ids_of("w7 " + first["query"])]
     assert example.target is not None and list(example.target) == ids_of(first["positive"])
-    assert example.text == "w7 " + first["query"]
+    assert (example.prompt, example.text) == ("w7 ", first["query"])
     query, document = pairs_of(tmp_path, data=data).sides(0)
     assert query.source == example.source and document.source == [models.BOS, *ids_of("w9 " + first["positive"])]
 
@@ -99,6 +99,58 @@ def test_held_out_rows_and_their_texts_are_not_trained_on(tmp_path: Path) -> Non
     seen = {" ".join(models.words(texts.example(int(unit), DRAW).source)) for unit in texts.units}
     everything = {row[key] for row in rows() for key in ("query", "positive")}
     assert seen == everything - forbidden
+
+
+def test_a_held_out_text_is_not_trained_on_behind_another_prompt_either(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    turned = [{"query": row["positive"], "positive": row["query"]} for row in rows()[:12]]
+    table(tmp_path / "turned.jsonl", [*rows()[:12], *turned])
+    config, (found,), _ = read(tmp_path, "", '  - {file: turned.jsonl, prompt: {query: "w7 "}}\n')
+    texts = Texts(found, hold_out(config, [found]).rows["turned"])
+    held, seen = (
+        {" ".join(models.words(texts.example(int(unit), DRAW).source)).removeprefix("w7 ") for unit in units}
+        for units in (texts.held, texts.units)
+    )
+    assert len(held) >= 6 and seen and not held & seen
+
+
+WORDLESS = ("</s>", "</s> </s>")
+
+
+@pytest.mark.parametrize("prompt", ["", ', prompt: {query: "w7 ", document: "w9 "}'], ids=["plain", "prompts"])
+def test_rows_without_a_token_are_left_out_and_counted_once(tmp_path: Path, prompt: str) -> None:
+    """Nothing but EOS, which stands for no word: a source is empty then, or there is nothing to tell again."""
+    write_config(tmp_path)
+    wrong = [
+        {"query": WORDLESS[0], "positive": "w9"},
+        {"query": "w8", "positive": WORDLESS[1]},
+        {"query": "w8 w9", "positive": ["w7", WORDLESS[0]]},
+    ]
+    table(tmp_path / "some.jsonl", [*rows()[:9], *wrong, *rows()[9:20]])
+    data = f"  - {{file: some.jsonl{prompt}}}\n"
+    config, (found,), _ = read(tmp_path, "", data)
+    note = "some: 3 of 23 rows have a text without a token and are left out, first row 10, '</s>'"
+    assert found.notes == (note,)
+    for reads in ("query", "document", "both"):
+        pairs = pairs_of(tmp_path, "", data, reads)
+        assert {int(unit) // 2 for unit in (*pairs.units, *pairs.held)} == {*range(9), *range(12, 23)}
+        assert all(own.target and own.source for own in (pairs.example(int(unit), DRAW) for unit in pairs.units))
+    texts = Texts(found, hold_out(config, [found]).rows["some"])
+    told = [texts.example(int(unit), DRAW) for unit in (*texts.units, *texts.held)]
+    assert all(len(models.words(own.source)) > bool(own.prompt) for own in told)
+
+
+def test_a_set_without_any_token_is_refused_at_its_line(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    table(tmp_path / "none.jsonl", [{"query": "w7", "positive": WORDLESS[0]}] * 3)
+    with pytest.raises(CuveeError, match=r"config\.yml:3: the data set 'none' has no row with tokens in all of its"):
+        read(tmp_path, "", "  - {file: none.jsonl}\n")
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_at_its_line(tmp_path: Path) -> None:
+    data = f'  - {{file: pairs.jsonl, prompt: {{query: "{"w7 " * 12}"}}}}\n'
+    with pytest.raises(CuveeError, match=r"config\.yml:3: .*look at its texts, prompts and 'max_length'"):
+        read(tmp_path, "", data)
 
 
 def test_the_held_out_rows_are_those_of_the_seed(tmp_path: Path) -> None:

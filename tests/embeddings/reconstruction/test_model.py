@@ -284,6 +284,23 @@ def test_lora_learns_alone_and_is_merged_into_what_is_saved(name: str, tmp_path:
     assert not same(ours, plain.hidden(batch)) and torch.allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize(("target", "other"), [("lm_head", "model.embed_tokens"), ("embed_tokens", "lm_head")])
+def test_lora_on_tied_weights_is_refused(target: str, other: str, tmp_path: Path) -> None:
+    """Merged into one of the two, it would change the other, which did not have it while it learned."""
+    tied, free = (str(folder(name, tmp_path / name)) for name in ("qwen3", "llama"))
+    lora = LoraSettings(r=2, alpha=4, targets=("q_proj", target))
+    with pytest.raises(CuveeError, match=rf"config\.yml:1: LoRA on '.*{target}' would change '{other}' too"):
+        open_reconstructor(ModelSettings(tied, lora=lora), where="config.yml:1")
+    model = open_reconstructor(ModelSettings(free, lora=lora))
+    batch = batch_of("causal")
+    step(model, batch)
+    model.save_language_model(tmp_path / "saved")
+    with torch.inference_mode():
+        merged = open_reconstructor(ModelSettings(str(tmp_path / "saved")))
+        ours, theirs = (each.logits(each.hidden(batch), batch.places) for each in (model, merged))
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
 def adapted(name: str) -> Reconstructor:
     from embeddings.training import lora
 

@@ -162,6 +162,43 @@ def test_query_likelihood_corrupts_the_text() -> None:
         assert ids[:source] == [BOS] + [MASK] * (source - 1)
 
 
+def prompted(reader: Reader, prompt: str, count: int = 30) -> list[Example]:
+    """Examples whose sources begin with a prompt."""
+    own = [example for example in examples(reader, count) if example.text]
+    ids = reader.ids([prompt + (example.text or "") for example in own])
+    return [replace(example, source=source, prompt=prompt) for example, source in zip(own, ids, strict=True)]
+
+
+@pytest.mark.parametrize("bos", [True, False], ids=["bos", "plain"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        WarmUp(mask=1.0),
+        QueryLikelihood(corruption=1.0, loss_on="all"),
+        RetroMAE(encoder_mask=0.99, decoder_mask=1.0),
+    ],
+    ids=["warm_up", "llm_ql", "retromae"],
+)
+def test_a_prompt_is_read_and_neither_masked_nor_told_again(objective: Objective, bos: bool) -> None:
+    reader = reader_of(bos=bos)
+    own = prompted(reader, "w7 w8: ")
+    before = reader.before(own[0].source, "w7 w8: ")
+    assert before == 2 + bos
+    for example, (ids, segments, labels) in zip(own, sequences(objective.collate(own, reader, draw())), strict=True):
+        assert ids[:before] == list(example.source[:before])
+        assert min(labels) >= before
+        if isinstance(objective, RetroMAE):
+            assert segments.count(TARGET) == len(example.source) - before
+        else:
+            assert all(token in (MASK, EOS_ID) for token in ids[before : len(example.source)])
+
+
+def test_a_token_that_prompt_and_text_share_is_the_texts() -> None:
+    reader = reader_of()
+    assert reader.before(reader.ids(["w7 w8 w9"])[0], "w7 w") == 2  # <s> w7, and what w is alone is not in it
+    assert reader.before(reader.ids(["w7 w8"])[0], "w7 w8 ") == 3 == len(reader.ids(["w7 w8"])[0])
+
+
 def test_retromae_reads_a_text_twice() -> None:
     reader = reader_of()
     own = examples(reader, 40)
