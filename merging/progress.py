@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _PATIENCE = 1.5  # seconds of work before a bar appears
 _LINE_EVERY = 10.0  # seconds, where there is no terminal for a bar
+_LOOK_EVERY = 0.5  # seconds between looks at pieces whose first step is not done yet
 
 
 @contextmanager
@@ -60,8 +61,8 @@ class Work(Protocol):
 def work_bars() -> Iterator[Work]:
     """A function to tell of steps done, of several pieces of work one after another or side by side.
 
-    On a terminal each has a bar with rate and time left; elsewhere a line every ten seconds. Of each that took more than
-    a moment one line stays.
+    On a terminal each has a bar with rate and time left; elsewhere a line every ten seconds, also while its first step is
+    at work. Of each that took more than a moment one line stays.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -74,22 +75,36 @@ def work_bars() -> Iterator[Work]:
         transient=True,
     )
     works: dict[str, _Piece] = {}
-    lock = threading.Lock()
+    lock, over = threading.Lock(), threading.Event()
+
+    def show(what: str, piece: _Piece, done: int, total: int, now: float) -> None:
+        if console.is_terminal and now - piece.began >= _PATIENCE:
+            if piece.task is None:
+                bar.start()
+                piece.task = bar.add_task(what, total=None, completed=done, rate="")
+            rate = piece.rate(done, now) or piece.so_far(now)
+            bar.update(piece.task, completed=done, total=total or None, rate=rate)
+        elif not console.is_terminal and now - piece.told >= _LINE_EVERY:
+            piece.told = now
+            left = piece.left(done, total, now) or f", {piece.so_far(now)}" * (done == piece.before)
+            _line(f"{what}: {done}/{total or '?'}{left}")
+
+    def look() -> None:
+        while not over.wait(_LOOK_EVERY):
+            with lock:
+                for what, piece in works.items():
+                    if not piece.moved:
+                        show(what, piece, piece.before, piece.total, time.monotonic())
 
     def update(what: str, done: int, total: int) -> None:
         now = time.monotonic()
         with lock:
-            piece = works.setdefault(what, _Piece(now, now, done))
+            piece = works.setdefault(what, _Piece(now, now, done, total))
+            piece.moved = piece.moved or done != piece.before
             finished = bool(total) and done >= total
-            if console.is_terminal and now - piece.began >= _PATIENCE and not finished:
-                if piece.task is None:
-                    bar.start()
-                    piece.task = bar.add_task(what, total=None, completed=done, rate="")
-                bar.update(piece.task, completed=done, total=total or None, rate=piece.rate(done, now))
-            elif not console.is_terminal and not finished and now - piece.told >= _LINE_EVERY:
-                piece.told = now
-                _line(f"{what}: {done}/{total or '?'}{piece.left(done, total, now)}")
-            if finished:
+            if not finished:
+                show(what, piece, done, total, now)
+            else:
                 del works[what]
                 if piece.task is not None:
                     bar.remove_task(piece.task)
@@ -101,21 +116,30 @@ def work_bars() -> Iterator[Work]:
                     else:
                         _line(line)
 
+    watch = threading.Thread(target=look, daemon=True)
+    watch.start()
     try:
         yield update
     finally:
+        over.set()
+        watch.join()
         if bar.live.is_started:  # what never began ends with an empty line where there is no terminal
             bar.stop()
 
 
 @dataclass
 class _Piece:
-    """A piece of work: when it began, when it was last told of, how much was done before it was first told of, its bar."""
+    """A piece of work: when it began and was last told of, how much was done before and how much there is, its bar."""
 
     began: float
     told: float
     before: int = 0
+    total: int = 0
+    moved: bool = False
     task: Any = None
+
+    def so_far(self, now: float) -> str:
+        return f"{now - self.began:.0f} s so far"
 
     def rate(self, done: int, now: float) -> str:
         spent, new = now - self.began, done - self.before

@@ -192,6 +192,8 @@ def _search(
                 rival.work(study, evaluate, config, orphans=orphans, told=told)
             else:
                 work(study, evaluate, orphans=orphans, told=told)
+        ended = len(study.trials())
+        progress("trials", ended, ended)  # also where it ended early
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

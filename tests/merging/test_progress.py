@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from time import sleep
 
 import pytest
 
@@ -30,6 +31,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(progress, "time", made)
+    monkeypatch.setattr(progress, "_LOOK_EVERY", 3600.0)  # real seconds
     return made
 
 
@@ -120,6 +122,23 @@ def test_pieces_side_by_side_and_the_same_name_again(
     assert told(work) == ["a: 2/2 in 2.0 s, 1.0/s", "b: 4/4 in 4.0 s, 1.0/s", "a: 2/2 in 2.0 s, 1.0/s"]
 
 
+def test_a_first_step_that_takes_long_is_told_of_while_it_is_at_work(
+    clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LOOK_EVERY", 0.001)
+    shown = ""
+    with work_bars() as update:
+        update("trials", 0, 3)
+        clock.now += 12
+        for _ in range(20_000):
+            shown = shown or capsys.readouterr().err
+            if shown:
+                break
+            sleep(0.001)
+        update("trials", 3, 3)
+    assert shown == "trials: 0/3, 12 s so far\n"
+
+
 def test_an_error_goes_through(clock: Clock) -> None:
     with pytest.raises(ValueError, match="broken"), work_bars() as update:
         update("a", 0, 2)
@@ -137,9 +156,26 @@ with work_bars() as update:
 """
 
 
-def test_on_a_terminal_there_is_a_bar_and_then_a_line() -> None:
+_ONE_LONG_STEP = """
+import time
+from merging.progress import work_bars
+with work_bars() as update:
+    update("trials", 0, 2)
+    time.sleep(2.6)
+    update("trials", 2, 2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "bar", "line"),
+    [
+        (_SCRIPT, r"train \[1-40\].*━.*\d+/100", r"train \[1-40\]: 100/100 in \d+\.\d s, \d+\.\d/s"),
+        (_ONE_LONG_STEP, r"trials.*━.*0/2 \d s so far", r"trials: 2/2 in \d+\.\d s, \d+\.\d s each"),
+    ],
+)
+def test_on_a_terminal_there_is_a_bar_and_then_a_line(script: str, bar: str, line: str) -> None:
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", _SCRIPT], env={**environment(), "TERM": "xterm"}, stderr=theirs)
+    process = subprocess.Popen([sys.executable, "-c", script], env={**environment(), "TERM": "xterm"}, stderr=theirs)
     os.close(theirs)
     shown = b""
     try:
@@ -151,5 +187,5 @@ def test_on_a_terminal_there_is_a_bar_and_then_a_line() -> None:
         os.close(ours)
     assert process.wait() == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    assert re.search(r"train \[1-40\].*━.*\d+/100", text)
-    assert re.search(r"train \[1-40\]: 100/100 in \d+\.\d s, \d+\.\d/s", text), text
+    assert re.search(bar, text), text
+    assert re.search(line, text), text
