@@ -31,6 +31,7 @@ from embeddings.reconstruction.stages import (
     Data,
     Note,
     Opened,
+    Stages,
     help_train,
     jobs_of,
     lineage_of,
@@ -78,7 +79,7 @@ def pretrain_run(
         data = read_data(config, opened.reader(), run / DATA, progress, note, fresh=options.force)
         check_contrastive(config, data.sets, run / MODEL, run / CONTRASTIVE, force=options.force)
         jobs = jobs_of(config, data, run)
-        trained = train_stages(config, jobs, opened, run, options, progress, note)
+        trained = train_stages(Stages(config, run, opened, jobs, options, progress, note))
         if not (run / LANGUAGE_MODEL).exists():
             linked_copy(jobs[-1].out, run / LANGUAGE_MODEL)
         if not (run / MODEL).exists():

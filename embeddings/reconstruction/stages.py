@@ -29,7 +29,7 @@ from embeddings.training.data import TrainingSet
 from embeddings.training.disk import disk_errors
 from embeddings.training.metrics import Sink, sinks
 from embeddings.training.options import Options
-from embeddings.training.team import ALONE
+from embeddings.training.team import ALONE, Team
 from embeddings.training.train import Trained
 from merging.errors import CuveeError
 from merging.loading import only_our_words
@@ -50,90 +50,79 @@ _OF_TEXTS = ("warm_up", "retromae")
 Note = Callable[[str], None]
 
 
-def train_stages(
-    config: PretrainingConfig,
-    jobs: Sequence[Job],
-    opened: Opened,
-    run: Path,
-    options: Options,
-    progress: Work,
-    note: Note,
-) -> dict[str, Trained]:
+@dataclass(frozen=True)
+class Stages:
+    """The stages of a run, and how this process trains them."""
+
+    config: PretrainingConfig
+    run: Path
+    opened: Opened
+    jobs: Sequence[Job]
+    options: Options
+    progress: Work
+    note: Note
+
+    def train(self, name: str, team: Team = ALONE) -> Trained:
+        """Trains a stage from what the one before it left, unless it is done."""
+        place = next(place for place, job in enumerate(self.jobs) if job.stage.name == name)
+        job, start = self.jobs[place], self.config.model
+        if place:
+            start = replace(start, path=str(self.jobs[place - 1].out), revision=None)
+
+        def listeners() -> Sequence[Sink]:
+            return sinks(self.options.logs, self.run, COMMAND)
+
+        return train(
+            job,
+            lambda: self.opened.start(start, job.seed),
+            progress=self.progress,
+            note=self.note,
+            sinks=listeners,
+            content=lineage_of(self.config),
+            team=team,
+        )
+
+
+def train_stages(stages: Stages) -> dict[str, Trained]:
     """Trains what is not done, one stage after the other: here, with those of the team, or in processes of their own."""
-    missing = [job for job in jobs if not job.out.exists()]
+    options, missing = stages.options, [job.stage.name for job in stages.jobs if not job.out.exists()]
     if missing and options.processes > 1:
         from embeddings.training.workers import Task, train_side_by_side
 
-        opened.close()
-        for job in missing:
-            task = Task(job.stage.name, partial(_train_in_process, config, run, job.stage.name))
-            train_side_by_side([task], run, replace(options, workers=1), progress, note)
+        stages.opened.close()
+        for name in missing:
+            task = Task(name, partial(_train_in_process, stages.config, stages.run, name))
+            train_side_by_side([task], stages.run, replace(options, workers=1), stages.progress, stages.note)
     elif options.team.size > 1:
-        for job in missing:
-            options.team.told(job.stage.name)
-            _train(config, jobs, job, opened, run, options, progress, note)
+        for name in missing:
+            stages.train(options.team.told(name), options.team)
         options.team.told(None)
-    alone = replace(options, team=ALONE)
-    found = {job.stage.name: _train(config, jobs, job, opened, run, alone, progress, note) for job in jobs}
-    opened.close()
+    found = {job.stage.name: stages.train(job.stage.name) for job in stages.jobs}
+    stages.opened.close()
     return found
 
 
 def help_train(config: PretrainingConfig, run: Path, options: Options) -> None:
     """Trains what the first process of the team does, together with it."""
-    jobs: Sequence[Job] = ()
-    opened = Opened(config, options.device)
+    stages: Stages | None = None
     with disk_errors(run), only_our_words():
         while (name := options.team.told(None)) is not None:
-            jobs = jobs or _jobs_again(config, run, opened)
-            _train(config, jobs, _named(jobs, name), opened, run, options, lambda *_: None, lambda line: None)
+            stages = stages or _as_read(config, run, options, lambda *_: None, lambda line: None)
+            stages.train(name, options.team)
 
 
 def _train_in_process(
     config: PretrainingConfig, run: Path, name: str, options: Options, progress: Work, note: Note
 ) -> None:
     """A task of `workers`."""
+    _as_read(config, run, options, progress, note).train(name, options.team)
+
+
+def _as_read(config: PretrainingConfig, run: Path, options: Options, progress: Work, note: Note) -> Stages:
+    """The stages of a run whose first process has read the data."""
     opened = Opened(config, options.device)
-    jobs = _jobs_again(config, run, opened)
-    _train(config, jobs, _named(jobs, name), opened, run, options, progress, note)
-
-
-def _jobs_again(config: PretrainingConfig, run: Path, opened: Opened) -> list[Job]:
-    """Of what the first process has read."""
     data = read_data(config, opened.reader(), run / DATA, lambda *_: None, lambda line: None)
-    return jobs_of(config, data, run)
-
-
-def _named(jobs: Sequence[Job], name: str) -> Job:
-    return next(job for job in jobs if job.stage.name == name)
-
-
-def _train(
-    config: PretrainingConfig,
-    jobs: Sequence[Job],
-    job: Job,
-    opened: Opened,
-    run: Path,
-    options: Options,
-    progress: Work,
-    note: Note,
-) -> Trained:
-    """Trains a stage from what the one before it left."""
-    before = jobs.index(job) - 1
-    start = config.model if before < 0 else replace(config.model, path=str(jobs[before].out), revision=None)
-
-    def listeners() -> Sequence[Sink]:
-        return sinks(options.logs, run, COMMAND)
-
-    return train(
-        job,
-        lambda: opened.start(start, job.seed),
-        progress=progress,
-        note=note,
-        sinks=listeners,
-        content=lineage_of(config),
-        team=options.team,
-    )
+    return Stages(config, run, opened, jobs_of(config, data, run), options, progress, note)
 
 
 def lineage_of(config: PretrainingConfig) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from merging.loading import check_device
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is carried out; none of it changes what comes out but for rounding and, with `processes`, dropout's draws.
+    """How a run is carried out; none of it changes what comes out but for rounding and, with `processes`, what is drawn for
+    dropout and masks.
 
     With another number of threads a sum has another order: workers give the bytes of one process where each has as many
     threads as that would have, as with OMP_NUM_THREADS=1.
