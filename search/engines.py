@@ -261,15 +261,14 @@ def _random(space: Space, seed: int) -> BaseSampler:
 
 @engine(
     "botorch",
-    "Gaussian process with noisy expected improvement (BoTorch; extra 'botorch')",
-    modules=("optuna_integration", "botorch"),
+    "Gaussian process, log noisy expected improvement (BoTorch; extra 'botorch')",
+    modules=("botorch",),
     extra="botorch",
 )
 def _botorch(space: Space, seed: int) -> BaseSampler:
-    from optuna_integration import BoTorchSampler
+    from search.botorch_sampler import BoTorchSampler
 
-    sampler: BaseSampler = BoTorchSampler(seed=seed, n_startup_trials=1)
-    return sampler
+    return BoTorchSampler(space, seed)
 
 
 ENGINES["adamerging"] = Engine(

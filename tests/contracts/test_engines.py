@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,12 @@ from search.objective import Scores
 from search.space import Space, Vary, make_space
 from search.study import Settings, open_study, work
 
-ENGINES = [name for name, entry in engines.ENGINES.items() if entry.proposes and name != "botorch"]
+ENGINES = [
+    pytest.param(name, marks=pytest.mark.skipif(absent, reason=f"{entry.modules} not installed: extra '{entry.extra}'"))
+    for name, entry in engines.ENGINES.items()
+    for absent in [any(find_spec(module) is None for module in entry.modules)]
+    if entry.proposes
+]
 TRIALS, KILLED_AT = 12, 9
 
 
