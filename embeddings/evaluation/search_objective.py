@@ -47,16 +47,28 @@ class SuiteObjective:
         return {target.name: str(target.dataset["revision"]) for target in self.targets}
 
     def check(self, model: ModelRef) -> tuple[str, ...]:
-        """Reads the data of the suite's tasks; mteb's may have to be fetched, which is left to the search itself.
+        """As `look`, and the model's folder.
 
         Raises:
             CuveeError: a file that is wrong, no embedding model, or mteb is missing.
         """
         _refuse_without_mteb(self.where)
-        from embeddings.evaluation.scoring import MTEB_SEED, kept
-
         with Checkpoint.open(model) as checkpoint:
             refuse_other_kinds(checkpoint)
+        return self.look()
+
+    def look(self) -> tuple[str, ...]:
+        """Reads the data of the suite's tasks; mteb's may have to be fetched, which is left to the search itself.
+
+        Returns:
+            Lines for the user.
+
+        Raises:
+            CuveeError: a file that is wrong, or mteb is missing.
+        """
+        _refuse_without_mteb(self.where)
+        from embeddings.evaluation.scoring import MTEB_SEED, kept
+
         for_tests = []
         for target in self.targets:
             own: SuiteTask | None = getattr(target.fresh(MTEB_SEED), "suite_task", None)

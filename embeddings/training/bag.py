@@ -17,7 +17,7 @@ from embeddings.training.config import TrainingConfig
 from embeddings.training.core_set import keep_core
 from embeddings.training.data import TrainingSet
 from embeddings.training.draws import Member, draw_members
-from embeddings.training.member_merge import merge_members, refuse_recipe
+from embeddings.training.member_merge import look_ahead, merge_members, refuse_recipe
 from embeddings.training.members import Note, help_train, jobs_by_name, read_sets, train_jobs
 from embeddings.training.options import Options, refuse_device
 from embeddings.training.past import add_lineage, training_lineage
@@ -52,6 +52,7 @@ def train_run(
         return help_train(config, run, options)
     check_claim(run, "train", config, force=options.force)
     refuse_recipe(config, run)
+    look_ahead(config, note)
     with at_work(run), only_our_words():
         claim(run, "train", config, force=options.force)
         sets = read_sets(config, run, options, progress, note)
@@ -78,6 +79,7 @@ def plan(
     *,
     options: Options | None = None,
     progress: Work | None = None,
+    note: Note | None = None,
     jobs: Callable[[Sequence[TrainingSet]], Mapping[str, Job]] | None = None,
 ) -> dict[str, Any]:
     """What `train_run` would do, after all of the data was read and checked; nothing is written.
@@ -93,6 +95,7 @@ def plan(
     if jobs is None:
         check_claim(Path(run).absolute(), "train", config, force=options.force)
         refuse_recipe(config, Path(run).absolute())
+        look_ahead(config, note or (lambda line: None))
     with tempfile.TemporaryDirectory() as scratch, only_our_words():
         sets = read_sets(config, Path(scratch), options, progress, lambda line: None)
         objectives(config, sets)

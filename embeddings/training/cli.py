@@ -65,7 +65,7 @@ def train(
 
     def job(options: Options, progress: Work) -> dict[str, Any]:
         if dry_run:
-            return bag.plan(settings, run, options=options, progress=progress)
+            return bag.plan(settings, run, options=options, progress=progress, note=say)
         return bag.train_run(settings, run, options=options, progress=progress, note=say)
 
     carry_out(job, options_of(device, workers, processes, force, log, dry_run), force or dry_run, as_json, _tell)

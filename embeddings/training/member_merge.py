@@ -20,8 +20,10 @@ from embeddings.training.run_folder import BASE, MEMBERS, MODEL, SEARCH, WORK
 from embeddings.training.search_settings import SIZE, SearchSettings
 from merging import lineage
 from merging.errors import CuveeError
+from merging.loading import only_our_words
 from merging.output import staged, write_whole
 from merging.progress import Work
+from merging.sources import ModelRef
 
 if TYPE_CHECKING:
     from merging.recipe import Recipe
@@ -120,6 +122,18 @@ def refuse_recipe(config: TrainingConfig, run: Path) -> None:
         except CuveeError as error:
             where = config.merge.where or config.at("bags")
             raise CuveeError(error.what, where=where, mend=error.mend) from None
+
+
+def look_ahead(config: TrainingConfig, note: Note) -> None:
+    """Tells what a search of the members' weights will stumble over, or what makes little sense, before they are trained.
+
+    Raises:
+        CuveeError: see `SearchSettings.look`.
+    """
+    if config.search is not None and config.bags:
+        base = ModelRef(config.model.path, revision=config.model.revision)
+        with only_our_words():
+            config.search.look(config.merge.method, config.merge.parameters, base, note)
 
 
 def told_by(model: Path) -> str:

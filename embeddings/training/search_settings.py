@@ -22,6 +22,7 @@ from merging.node import Node
 from merging.setting import refuse_unknown_keys
 
 if TYPE_CHECKING:
+    from merging.sources import ModelRef
     from search.config import SearchConfig
     from search.engines import Engine
 
@@ -98,6 +99,34 @@ class SearchSettings:
                 design(space, config.start, 0)
         except CuveeError as error:
             raise self._here(error, text) from None
+
+    def look(self, method: str, parameters: Mapping[str, Any], model: ModelRef, note: Callable[[str], None]) -> None:
+        """Reads what it will score on, so that mistakes, and what is hardly meant, are told before the training.
+
+        Args:
+            model: that training starts from. What is trained of one that is no embedding model yet, nobody can ask anything:
+                then only what does not depend on it is looked at.
+
+        Raises:
+            CuveeError: data that cannot be read, or that such models cannot be scored on; at the training configuration's line.
+        """
+        from embeddings.evaluation.search_objective import SuiteObjective
+        from merging.checkpoint import Checkpoint
+        from merging.statistics.network import head_of
+
+        text = self.text(method, parameters, ("one", "other"), (0.5, 0.5), "base", 0)
+        objective = self.config(text).make_objective()
+        with Checkpoint.open(model) as checkpoint:
+            embeds = head_of(checkpoint) == "embedding"
+        try:
+            if isinstance(objective, SuiteObjective):
+                lines: Sequence[str] = objective.look()
+            else:
+                lines = objective.check(model) if embeds else ()
+        except CuveeError as error:
+            raise self._here(error, text) if "search.yml" in error.where else error from None
+        for line in lines:
+            note(f"the search of weights {line}")
 
     def config(self, text: str) -> SearchConfig:
         """What `text` made, read.

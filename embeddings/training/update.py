@@ -74,6 +74,8 @@ def update_model(
         return help_train(settings, out, options)
     updates = _identity(past.model)
     check_claim(out, "update", settings, force=options.force, more={"updates": updates})
+    if settings.search is not None:
+        settings.search.look(_MERGE, {}, ModelRef.parse(past.model), note)
     if dry_run:
         planned = plan(
             settings,

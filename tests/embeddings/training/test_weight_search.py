@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from embeddings.training.bag import train_run
+from embeddings.training.bag import plan, train_run
 from embeddings.training.config import TrainingConfig, load, parse
 from embeddings.training.update import update_model
 from merging import lineage
@@ -150,6 +150,34 @@ def test_by_default_it_scores_on_what_is_evaluated_else_on_what_is_trained(confi
     assert shipped.search is not None and shipped.search.said["objective"] == {
         **{"suite": "shipped", "tasks": ["word", "code"], "split": "validation"}
     }
+
+
+def test_that_it_chooses_by_test_rows_is_said_before_the_training(config: TrainingConfig, tmp_path: Path) -> None:
+    table(tmp_path / "own" / "words.jsonl", rows_of("word", 24, 200))
+    task = {"type": "Retrieval", "files": {"test": "words.jsonl"}}
+    (tmp_path / "own" / "words.yml").write_text(yaml.safe_dump(task), "utf-8")
+    objective = f"objective: {{suite: {tmp_path / 'own'}, tasks: [words], split: test}}"
+    by_test = said_otherwise(config, "objective: {suite: own, tasks: [words, sentences]}", objective)
+    told: list[str] = []
+    plan(by_test, tmp_path / "run", note=told.append)
+    assert len(told) == 1 and told[0].startswith("the search of weights scores on test rows (words)")
+
+    def stop(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_run(by_test, tmp_path / "run", note=stop)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_no_trial_could_be_scored_on_is_told_before_the_training(
+    config: TrainingConfig, tmp_path: Path
+) -> None:
+    table(tmp_path / "texts.jsonl", [{"text": "a"}, {"text": "b"}])
+    objective = f"objective: {{score: {{data: {tmp_path / 'texts.jsonl'}, prototypes: [a, b]}}}}"
+    unlabelled = said_otherwise(config, "objective: {suite: own, tasks: [words, sentences]}", objective)
+    with pytest.raises(CuveeError, match="label"):
+        plan(unlabelled, tmp_path / "run")
 
 
 def test_an_engine_that_goes_its_own_way_has_its_own_number_of_trials_and_start(config: TrainingConfig) -> None:
