@@ -41,6 +41,7 @@ from embeddings.reconstruction.stages import (
 )
 from embeddings.reconstruction.train import plan_of
 from embeddings.training import metrics
+from embeddings.training.curves import write_curves
 from embeddings.training.options import Options, refuse_device
 from embeddings.training.run_folder import at_work, summary_of
 from embeddings.training.train import Trained
@@ -80,6 +81,7 @@ def pretrain_run(
         check_contrastive(config, data.sets, run / MODEL, run / CONTRASTIVE, force=options.force)
         jobs = jobs_of(config, data, run)
         trained = train_stages(Stages(config, run, opened, jobs, options, progress, note))
+        write_curves(run / METRICS)
         if not (run / LANGUAGE_MODEL).exists():
             linked_copy(jobs[-1].out, run / LANGUAGE_MODEL)
         if not (run / MODEL).exists():

@@ -5,6 +5,7 @@
     model/             its embedding model: SentenceTransformer(…)
     contrastive/       with `contrastive:`, a run of `cuvee train` on model/
     metrics.jsonl      losses, and what was measured on held-out rows
+    curves.svg         the same as a picture
     data/              token ids of all texts
     work/              of a stage that is not done
     cuvee.json         settings, stages, costs
@@ -18,6 +19,7 @@ import shutil
 from pathlib import Path
 
 from embeddings.reconstruction.config import PretrainingConfig
+from embeddings.training.curves import CURVES
 from embeddings.training.run_folder import past_of
 from merging import lineage
 from merging.errors import CuveeError
@@ -27,7 +29,7 @@ STAGES, LANGUAGE_MODEL, MODEL, CONTRASTIVE, WORK, DATA = (
     *("stages", "language_model", "model", "contrastive", "work", "data"),
 )
 METRICS, _CONFIG, COMMAND = "metrics.jsonl", "config.yml", "pretrain"
-_MADE = (STAGES, LANGUAGE_MODEL, MODEL, CONTRASTIVE, WORK, METRICS)  # `data` serves another configuration too
+_MADE = (STAGES, LANGUAGE_MODEL, MODEL, CONTRASTIVE, WORK, METRICS, CURVES)  # `data` serves another configuration too
 
 
 def check_claim(run: Path, config: PretrainingConfig, *, force: bool) -> bool:

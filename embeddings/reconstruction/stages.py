@@ -25,6 +25,7 @@ from embeddings.reconstruction.retromae import RetroMAE
 from embeddings.reconstruction.run_folder import COMMAND, DATA, METRICS, STAGES, WORK
 from embeddings.reconstruction.train import Job, plan_of, train
 from embeddings.training.config import ModelSettings
+from embeddings.training.curves import drawing
 from embeddings.training.data import TrainingSet
 from embeddings.training.disk import disk_errors
 from embeddings.training.metrics import Sink, sinks
@@ -70,7 +71,7 @@ class Stages:
             start = replace(start, path=str(self.jobs[place - 1].out), revision=None)
 
         def listeners() -> Sequence[Sink]:
-            return sinks(self.options.logs, self.run, COMMAND)
+            return [*sinks(self.options.logs, self.run, COMMAND), drawing(self.run / METRICS)]
 
         return train(
             job,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embeddings.training.config import TrainingConfig
+from embeddings.training.curves import drawing
 from embeddings.training.data import TrainingSet, load_sets
 from embeddings.training.disk import disk_errors
 from embeddings.training.draws import Member, draw_members
@@ -16,7 +17,7 @@ from embeddings.training.metrics import Sink, sinks
 from embeddings.training.options import Options
 from embeddings.training.run_folder import DATA, MEMBERS, MODEL, WORK
 from embeddings.training.team import ALONE
-from embeddings.training.train import Job, Trained, train
+from embeddings.training.train import METRICS, Job, Trained, train
 from merging.loading import only_our_words
 from merging.progress import Work
 
@@ -97,7 +98,7 @@ def train_member(
     watches = (options.force or not job.out.exists()) and not options.team.rank
 
     def listeners() -> list[Sink]:
-        return sinks(options.logs, run, job.name)
+        return [*sinks(options.logs, run, job.name), drawing(job.work / METRICS)]
 
     return train(
         config,

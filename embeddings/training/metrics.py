@@ -65,6 +65,17 @@ def last_loss(file: Path, steps: int) -> float:
     return round(float(np.average([line["loss"] for line in lines], weights=counts)), 6)
 
 
+def numbers(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """What can be drawn of a line; of what is nested, with the path as name."""
+    found: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
+            found[f"{prefix}{name}"] = float(value)
+    return found
+
+
 def refuse_unknown(names: Iterable[str]) -> None:
     """Raises CuveeError for a name that `sinks` does not know."""
     for name in names:
@@ -95,7 +106,7 @@ def _tensorboard(folder: Path, run: str) -> Sink:
     writer = SummaryWriter(str(folder / "tensorboard" / run))
 
     def write(line: Mapping[str, Any]) -> None:
-        for name, value in _numbers(line).items():
+        for name, value in numbers(line).items():
             writer.add_scalar(name, value, line["step"])
         writer.flush()
 
@@ -106,15 +117,4 @@ def _wandb(folder: Path, run: str) -> Sink:
     import wandb
 
     session = wandb.init(project="cuvee", name=run, dir=str(folder), reinit="create_new")
-    return lambda line: session.log(_numbers(line), step=line["step"])
-
-
-def _numbers(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """What can be drawn; of what is nested, with the path as name."""
-    found: dict[str, float] = {}
-    for name, value in line.items():
-        if isinstance(value, Mapping):
-            found |= _numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
-            found[f"{prefix}{name}"] = float(value)
-    return found
+    return lambda line: session.log(numbers(line), step=line["step"])

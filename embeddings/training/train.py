@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from embeddings.training import checkpointing, schedule, step
 from embeddings.training.batch import build_batch, objectives
 from embeddings.training.config import TrainingConfig
+from embeddings.training.curves import write_curves
 from embeddings.training.data import TrainingSet
 from embeddings.training.metrics import Metrics, Sink, last_loss
 from embeddings.training.optimizer import adamw, rate
@@ -150,6 +151,7 @@ def train(
     with staged(job.out, force=force) as staging:
         backbone.save(staging)
         shutil.copyfile(job.work / METRICS, staging / METRICS)
+        write_curves(staging / METRICS)
         write_row_numbers(staging / ROWS, job.rows)
         numbers = {"steps": done.steps, "rows": done.rows, "seconds": round(done.seconds, 1), "loss": done.loss}
         _write_lineage(staging, {**(content or {}), "training": numbers, "made_by": made_by})

@@ -185,7 +185,7 @@ def test_a_run_on_images_and_texts_is_the_same_after_any_interruption(model: Pat
     table(tmp_path / "pairs.jsonl", [{"query": f"number {n}", "positive": f"the {n}th"} for n in range(24)])
     (tmp_path / "config.yml").write_text(
         f"model: {model}\n" + ENTRY % "" + "data: [{file: pairs.jsonl}]\nbatch_size: 4\nmax_length: 24\nheld_out: 6\n"
-        "learning_rate: 1.0e-3\nsave_every: 5\nwarm_up: {steps: 12}\nbridge: {steps: 12}\n",
+        "learning_rate: 1.0e-3\nsave_every: 3\nwarm_up: {steps: 6}\nbridge: {steps: 6}\n",
         encoding="utf-8",
     )
     config = load(tmp_path / "config.yml", "cocoa")
@@ -202,8 +202,8 @@ def test_a_run_on_images_and_texts_is_the_same_after_any_interruption(model: Pat
 
     def stop(what: str, done: int, total: int) -> None:
         nonlocal calls
-        calls += what == "pretrain warm_up" and done == 8
-        if what == "pretrain bridge" and done == 8 and calls == 1:
+        calls += what == "pretrain warm_up" and done == 4
+        if what == "pretrain bridge" and done == 4 and calls == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -248,6 +248,8 @@ def test_evaluation_on_the_way_changes_nothing_but_the_metrics(run: Run, tmp_pat
     scores = [line for line in metrics(job.out) if "scores" in line]
     assert [line["step"] for line in scores] == [3, 6, 7] and len(seen) == 3
     assert [line for line in metrics(job.out) if "loss" in line] == metrics(run.job.out)
+    shown = [(out / "curves.svg").read_text("utf-8").count(">score<") for out in (job.out, run.job.out)]
+    assert shown == [1, 0]
     shutil.rmtree(tmp_path)
 
 
