@@ -24,6 +24,29 @@ from merging import lineage
 from merging.errors import CuveeError
 from merging.output import staged
 
+#: What a model of texts says of itself; `{heeds}` what is needed for it to look to both sides.
+_CARD = """\
+---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [sentence-transformers, sentence-similarity, feature-extraction]
+---
+Embeds texts: the last token's state, EOS, at length one. {attention}
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")
+model.encode(["a text", "another"])
+```
+"""
+_BOTH_SIDES = """Every token sees all others, by `is_causal: false` in config.json, which transformers heeds from 5.2 on and
+overlooks before, without a word:
+
+    pip install sentence-transformers "transformers>=5.2"
+"""
+_CAUSAL = "A token sees those before it."
+
 if TYPE_CHECKING:
     from embeddings.reconstruction.model import Reconstructor
 
@@ -96,6 +119,8 @@ def write_embedding_model(
     opened.transformer.max_seq_length = longest if own is None else min(own, longest)
     with staged(out, force=force) as staging:
         opened.save(staging)
+        card = _CARD.format(attention=_BOTH_SIDES if bidirectional else _CAUSAL, name=out.name)
+        (staging / "README.md").write_text(card, encoding="utf-8")
         lineage.write(staging, content)
 
 

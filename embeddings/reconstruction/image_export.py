@@ -45,7 +45,7 @@ tags: [sentence-transformers, image-feature-extraction]
 ---
 Embeds texts, images, and images with texts into one space. Its processor is that of {kind}, which needs one line more:
 
-    pip install "sentence-transformers[image]" torchvision
+    pip install "sentence-transformers[image]" "transformers>=5.2" torchvision
 
 ```python
 from PIL import Image

@@ -47,7 +47,7 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "query": ("query", "question", "anchor"),
 }
 _MARKER = "images.json"
-_FORM = 1  # of what is kept: raise it when the same source would give other rows
+_FORM = 2  # of what is kept: raise it when the same source would give other rows
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,15 @@ def read_images(
     """The data sets of images, each image opened once, from the cache or from their sources.
 
     Args:
-        cache: a folder.
+        cache: a folder; read anew where an image that was read has changed.
         fresh: read what the hub has now.
 
     Raises:
-        CuveeError: at file and row, for one that is wrong; Pillow is not installed.
+        CuveeError: at file and row, for one that is wrong; Pillow is not installed; the model reads no images.
     """
+    if settings and reader.processor is None:
+        mend = "take a vision–language model of Qwen2-VL's shape with its preprocessor_config.json"
+        raise CuveeError("the model reads texts alone", where=settings[0].data.where, mend=mend)
     files, revisions = FileDigests(cache / "files.json"), HubRevisions(cache / "hub.json", fresh=fresh)
     found = []
     for entry in settings:
@@ -162,14 +165,57 @@ def read_images(
         entry = replace(entry, data=data)
         folder = cache / _key(entry, files, seed)
         files.save()
-        if not (folder / _MARKER).is_file():
+        told = _known(folder)
+        if told is None:
             with staged(folder, force=True, marker=_MARKER) as staging:
                 _write(entry, staging, folder, seed, progress)
-        told = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+            told = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
         rows = [(Path(image), caption, query) for image, caption, query in told["rows"]]
         none = np.zeros(0, np.int64)
-        found.append(ImageRows(data, told["digest"], rows, reader, none, none, notes=(*told["notes"], *notes)))
+        whole = ImageRows(data, told["digest"], rows, reader, none, none, notes=(*told["notes"], *notes))
+        found.append(_with_words(whole))
     return found
+
+
+def _known(folder: Path) -> dict[str, Any] | None:
+    """What was read before; None where there is nothing, or an image of it is not what it was."""
+    if not (folder / _MARKER).is_file():
+        return None
+    told: dict[str, Any] = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+    return told if all(_stamp(Path(file)) == stamp for file, stamp in told["stamps"].items()) else None
+
+
+def _stamp(file: Path) -> list[int]:
+    """By which a change of the file is seen; of one that is not there too."""
+    try:
+        stat = file.stat()
+    except (OSError, ValueError):
+        return []
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _with_words(found: ImageRows) -> ImageRows:
+    """Without the rows whose text has no token, or which have an image's own marks for a word.
+
+    Raises:
+        CuveeError: there are no others.
+    """
+    reader, marks = found.reader, found.reader.processor.marks
+    targets = reader.ids([caption for _, caption, _ in found.rows], "target")
+    sources = reader.ids([query for _, _, query in found.rows])
+    kept = [
+        bool(target) and marks.isdisjoint(target) and marks.isdisjoint(source)
+        for target, source in zip(targets, sources, strict=True)
+    ]
+    if all(kept):
+        return found
+    if not any(kept):
+        raise CuveeError(f"no text of the data set '{found.name}' has a token", where=found.settings.where)
+    first = found.rows[kept.index(False)][0].name
+    what = f"{kept.count(False)} of {len(kept)} texts have no token, or an image's mark for a word"
+    note = f"{found.name}: {what}, and are left out, first that of {first}"
+    rows = [row for row, keep in zip(found.rows, kept, strict=True) if keep]
+    return replace(found, rows=rows, notes=(*found.notes, note))
 
 
 def _key(entry: ImageSettings, files: FileDigests, seed: int) -> str:
@@ -185,17 +231,17 @@ def _key(entry: ImageSettings, files: FileDigests, seed: int) -> str:
 
 
 def _write(entry: ImageSettings, staging: Path, folder: Path, seed: int, progress: Work) -> None:
-    """Reads a source to the end; what comes from a hub is kept as files."""
+    """Reads a source to the end, a row at a time; what comes from a hub is kept as files."""
     name = entry.data.name
-    every = list(_raw(entry.data))
-    if entry.data.limit is not None and len(every) > entry.data.limit:
-        keep = np.sort(np.random.default_rng(seed).permutation(len(every))[: entry.data.limit])
-        every = [every[row] for row in keep]
-    digest, rows, broken = xxhash.xxh3_128(), [], 0
-    for number, (where, near, raw) in enumerate(every):
-        progress(f"read {name}", number, len(every))
+    digest, rows, broken, stamps = xxhash.xxh3_128(), [], [], {}
+    count = 0
+    for number, (where, near, raw) in enumerate(_drawn(entry.data, seed)):
+        count += 1
+        progress(f"read {name}", number, 0)
         caption, query = _text(entry, raw, "text", where), _text(entry, raw, "query", where)
         image = _value(entry, raw, "image", where)
+        if near and isinstance(image, str):
+            stamps[str(near / image)] = _stamp(near / image)
         try:
             file, content = _image(image, near, where) if near else (Path(), _bytes_of_hub(image, entry.data, where))
             if content is not None:  # of a hub: under a name of our own
@@ -209,16 +255,27 @@ def _write(entry: ImageSettings, staging: Path, folder: Path, seed: int, progres
             if not entry.skip_broken or "Pillow" in error.what:
                 mend = error.mend or "mend or remove the row, or say 'skip_broken: true'"
                 raise CuveeError(error.what, where=where, mend=mend) from None
-            broken += 1
+            broken.append(f"{where}: {error.what}")
             continue
         digest.update(xxhash.xxh3_128_digest(content) + json.dumps([caption, query]).encode())
         rows.append([str(file), caption, query])
-    progress(f"read {name}", len(every), len(every))
+    progress(f"read {name}", count, count)
     if not rows:
         raise CuveeError(f"the data set '{name}' holds no image that can be read", where=entry.data.where)
-    notes = [f"{name}: {broken} of {len(every)} images cannot be read and are left out"] if broken else []
-    told = {"digest": f"xxh3:{digest.hexdigest()}", "rows": rows, "notes": notes}
+    left_out = f"{name}: {len(broken)} of {count} images cannot be read and are left out, first "
+    notes = [left_out + broken[0]] if broken else []
+    told = {"digest": f"xxh3:{digest.hexdigest()}", "rows": rows, "notes": notes, "stamps": stamps}
     (staging / _MARKER).write_text(json.dumps(told), encoding="utf-8")
+
+
+def _drawn(data: DataSettings, seed: int) -> Iterator[tuple[str, Path | None, Mapping[str, Any]]]:
+    """The rows that are read: all, or as many as the limit allows."""
+    count = sum(1 for _ in _raw(data)) if data.limit is not None else 0
+    if data.limit is None or count <= data.limit:
+        return _raw(data)
+    keep = np.zeros(count, bool)
+    keep[np.random.default_rng(seed).permutation(count)[: data.limit]] = True
+    return (row for row, kept in zip(_raw(data), keep, strict=True) if kept)
 
 
 def _raw(data: DataSettings) -> Iterator[tuple[str, Path | None, Mapping[str, Any]]]:

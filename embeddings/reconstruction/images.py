@@ -107,6 +107,11 @@ class ImageReader:
         self._kept: dict[Path, Picture] = {}
         self._free, self._lock = _KEPT, threading.Lock()
 
+    @property
+    def marks(self) -> frozenset[int]:
+        """The ids that stand for an image: no text may have them."""
+        return frozenset((self.start_id, self.image_id, self.end_id))
+
     @cached_property
     def image_processor(self) -> Any:
         """transformers', loaded when the first image is read: texts need neither it nor Pillow.

@@ -113,6 +113,8 @@ def test_plain_sentence_transformers_embeds_images(model: Reconstructor, out: Pa
 
 
 def test_the_card_says_the_line_that_is_needed(out: Path) -> None:
-    assert 'pip install "sentence-transformers[image]" torchvision' in (out / "README.md").read_text()
+    assert (
+        'pip install "sentence-transformers[image]" "transformers>=5.2" torchvision' in (out / "README.md").read_text()
+    )
     longest = json.loads((out / "tokenizer_config.json").read_text())["model_max_length"]
     assert longest == 24 + 32 * 32 // 16**2 + 2

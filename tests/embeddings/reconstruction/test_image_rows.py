@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import pytest
 
 from embeddings.reconstruction.config import load, parse
 from embeddings.reconstruction.image_rows import ImageRows, read_images
+from embeddings.reconstruction.images import image_reader
 from embeddings.reconstruction.reader import Reader
 from embeddings.reconstruction.run import pretrain_run
 from merging.errors import CuveeError
@@ -40,9 +45,13 @@ def write(place: Path, rows: list[dict[str, Any]] | None = None) -> None:
     table(place / "images.jsonl", own if rows is None else [*own, *rows])
 
 
+@functools.cache
 def reader() -> Reader:
     tokenizer = vision.tokenizer()
-    return Reader(tokenizer, tokenizer.eos_token_id, 5, tokenizer.pad_token_id)
+    with tempfile.TemporaryDirectory() as folder:
+        vision.vision_model(Path(folder))
+        processor = image_reader(Path(folder), vision.config_of(Path(folder)), tokenizer, "base")
+    return Reader(tokenizer, tokenizer.eos_token_id, 5, tokenizer.pad_token_id, processor=processor)
 
 
 def read(place: Path, more: str = "") -> ImageRows:
@@ -117,8 +126,50 @@ def test_broken_images_are_left_out_by_option_and_counted(tmp_path: Path) -> Non
     write(tmp_path, [{"image": "broken.png", "caption": "x"}, {"image": "none.png", "caption": "y"}])
     found = read(tmp_path, ", skip_broken: true")
     assert len(found) == COUNT
-    assert found.notes == ("images: 2 of 18 images cannot be read and are left out",)
+    (note,) = found.notes
+    assert note.startswith("images: 2 of 18 images cannot be read and are left out, first ")
+    assert "images.jsonl:17: is no image that can be read" in note
     assert found.digest == read(tmp_path, ", skip_broken: true").digest  # from the cache
+
+
+def test_what_was_read_is_read_anew_where_an_image_has_changed(tmp_path: Path) -> None:
+    write(tmp_path, [{"image": "late.png", "caption": "x"}])
+    first = read(tmp_path, ", skip_broken: true")
+    image = tmp_path / "img" / "3.png"
+    before = os.stat(image)
+    vision.picture(image, 99)
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+    second = read(tmp_path, ", skip_broken: true")
+    assert second.digest != first.digest and len(second) == COUNT
+    vision.picture(tmp_path / "late.png")  # what was broken is mended
+    assert len(read(tmp_path, ", skip_broken: true")) == COUNT + 1
+    image.unlink()
+    with pytest.raises(CuveeError, match=r"images\.jsonl:4: there is no image 'img/3\.png'"):
+        read(tmp_path)
+
+
+def test_texts_without_a_token_or_with_an_images_mark_are_left_out_and_counted(tmp_path: Path) -> None:
+    """A mark would be taken for an image of which there are no patches."""
+    wrong = [
+        {"image": "img/1.png", "caption": "<|endoftext|>"},
+        {"image": "img/2.png", "caption": "a <|image_pad|> of a <|vision_start|>"},
+        {"image": "img/3.png", "caption": "x", "question": "<|image_pad|>?"},
+    ]
+    write(tmp_path, wrong)
+    found = read(tmp_path)
+    what = "images: 3 of 19 texts have no token, or an image's mark for a word, and are left out, first that of 1.png"
+    assert len(found) == COUNT and found.notes == (what,)
+    table(tmp_path / "images.jsonl", wrong)
+    with pytest.raises(CuveeError, match=r"config\.yml:3: no text of the data set 'images' has a token"):
+        read(tmp_path)
+
+
+def test_a_model_of_texts_is_told_before_an_image_is_read(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    write(tmp_path)
+    config = parse("model: base\n" + ENTRY % "", "cocoa", str(tmp_path / "config.yml"))
+    with pytest.raises(CuveeError, match=r"config\.yml:3: the model reads texts alone; take a vision–language model"):
+        read_images(config.images, replace(reader(), processor=None), tmp_path / "cache", 0, lambda *_: None)
 
 
 def test_a_limit_draws_some_by_the_seed(tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ def test_plain_sentence_transformers_gives_the_vectors_that_training_saw(objecti
     np.testing.assert_allclose(theirs, ours, atol=2e-6)
     config = json.loads((run / "model" / "config.json").read_text("utf-8"))
     assert config.get("is_causal", True) is (objective == "llm-ql")
+    card = (run / "model" / "README.md").read_text("utf-8")
+    assert ('"transformers>=5.2"' in card) is (objective != "llm-ql") and 'SentenceTransformer("model")' in card
 
 
 def test_the_language_model_loads_as_one(place: Path) -> None:
