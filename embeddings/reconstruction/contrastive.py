@@ -18,7 +18,10 @@ from embeddings.training.options import Options
 from embeddings.training.rows import examples
 from embeddings.training.run_folder import check_claim
 from merging.errors import CuveeError
+from merging.output import write_whole
 from merging.progress import Work
+
+CARD = "README.md"
 
 
 def check_contrastive(
@@ -64,7 +67,11 @@ def train_contrastive(
         return None
     from embeddings.training.bag import train_run
 
-    return train_run(after, run, options=options, progress=progress, note=note)
+    done = train_run(after, run, options=options, progress=progress, note=note)
+    card = model / CARD
+    if "model" in done and card.is_file():  # it attends as the model does that it was trained from
+        write_whole(Path(done["model"]) / CARD, card.read_text(encoding="utf-8"))
+    return done
 
 
 def _source(data: DataSettings) -> DataSettings:

@@ -195,6 +195,7 @@ def test_the_contrastive_stage_trains_the_result(tmp_path: Path) -> None:
     result = pretrain_run(config, tmp_path / "run")
     assert result["model"] == str(tmp_path / "run" / "contrastive" / "model")
     assert result["contrastive"]["steps"] == 2
+    assert '"transformers>=5.2"' in (tmp_path / "run" / "contrastive" / "model" / "README.md").read_text("utf-8")
     some = texts(4)
     before, after = (
         SentenceTransformer(str(tmp_path / "run" / name), device="cpu").encode(some)
