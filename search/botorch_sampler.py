@@ -24,7 +24,7 @@ from search.space import Dimension, Space
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FIT_STEPS, _FIT_GAIN = 30, 1e-6  # to the end a fit takes five times as long, and the lengths differ by hundredths
+_FIT_STEPS, _FIT_GAIN = 20, 1e-6  # to the end a fit takes five times as long, and the lengths differ by hundredths
 _SAMPLES, _STARTS, _RAW, _STEPS, _LOOKS = 64, 4, 32, 20, 5  # of the acquisition
 
 

@@ -165,6 +165,9 @@ def parse(yaml: str, where: str = _NOUN) -> SearchConfig:
             lines={key: item.where for key, item in root.value.items()},
         )
         config.make_objective()
+        if config.recommend == POSTERIOR and goal.front:
+            what = "'recommend: posterior' is of one score, and a front has several"
+            raise CuveeError(what, where=config.at("recommend"), mend="leave it out")
     return config
 
 
@@ -219,7 +222,10 @@ def _models(root: Node, near: Path, method: Method, base: ModelRef | None) -> tu
         found.append(replace(source, model=_near(source.model, near), stats=stats))
     if method.base == "none" or base is None:
         return tuple(found)
-    return tuple(source for source in found if source.model.identity != base.identity)
+    others = tuple(source for source in found if source.model.identity != base.identity)
+    if not others:
+        raise CuveeError("the base is the only model", where=item.where, mend="add the models to merge into it")
+    return others
 
 
 def _near(ref: ModelRef, near: Path) -> ModelRef:
@@ -243,6 +249,8 @@ def _engine(root: Node) -> tuple[str, dict[str, float]]:
     found = engines.get(text_of(name, "engine"), item.where)
     if not isinstance(said.value, dict):
         raise CuveeError(f"settings of '{found.name}' must be a mapping, not {said}", where=said.where)
+    if said.value and not found.settings:
+        raise CuveeError(f"the engine '{found.name}' takes no settings", where=said.where)
     refuse_unknown_keys(said, found.settings, f"the engine '{found.name}'")
     return found.name, {
         key: number(said, key, knob.default, low=knob.low, above=knob.above, whole=knob.whole)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from merging import registries
 from merging.errors import CuveeError
@@ -85,6 +85,14 @@ class Objective(Protocol):
         """
 
     def __call__(self, candidate: Candidate, /) -> Scores: ...
+
+
+@runtime_checkable
+class NamesTasks(Protocol):
+    """An objective that knows before the first trial which tasks it has scores of."""
+
+    def task_names(self) -> Collection[str]:
+        """By which `Scores.tasks` will have them."""
 
 
 #: From the settings under the objective's name, and the folder near which files are looked for.
@@ -192,6 +200,13 @@ class Goal:
     def violations(self, scores: Scores) -> dict[str, float]:
         """By task, how far it is below its floor; 0 or less: it is not."""
         return {task: floor - self._of(scores, task) for task, floor in self.floors.items()}
+
+    def refuse_unknown(self, tasks: Collection[str], where: str) -> None:
+        """Raises CuveeError where it names a task that the objective has not: no trial could succeed."""
+        unknown = next((task for task in (*self.front, *self.weights, *self.floors) if task not in tasks), None)
+        if unknown is not None:
+            given = ", ".join(tasks)
+            raise CuveeError(f"the objective has no task '{unknown}'", where=where, mend=f"given: {given}")
 
     def _of(self, scores: Scores, task: str) -> float:
         if task not in scores.tasks:

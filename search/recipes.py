@@ -186,5 +186,7 @@ def check(config: SearchConfig, space: Space, out: Path, note: Callable[[str], N
         if key == "method" and key not in config.lines:  # the usual one of the engine
             key = next(each for each in ("engine", "models") if each in config.lines)
         mend = error.mend.replace("recipe", "configuration")
+        for place, source in enumerate(config.models):
+            mend = mend.replace(f"{config.where}.models[{place}]", source.where)
         where = config.at(key) if entry is None else config.models[int(entry[1])].where
         raise CuveeError(error.what, where=where, mend=mend) from None

@@ -31,6 +31,7 @@ from search.candidates import Candidates
 from search.choose import Trial
 from search.config import SearchConfig
 from search.design import TRIALS, design
+from search.objective import NamesTasks
 from search.recipes import MODEL, check, content_of, look_of, recipe_of, space_of, tensor_names, with_statistics
 from search.space import Space
 from search.study import JOURNAL, SQLITE, Settings, Study, forget, open_study, work
@@ -72,7 +73,10 @@ def search_run(
     settings = _settings(config, space, workers)
     check_claim(run)
     check(config, space, run / MODEL, note)
-    for line in config.make_objective().check(look_of(config)):
+    objective = config.make_objective()
+    if isinstance(objective, NamesTasks):
+        config.goal.refuse_unknown(objective.task_names(), config.at("objective"))
+    for line in objective.check(look_of(config)):
         note(line)
     settings = replace(settings, identity={**settings.identity, **content_of(config)})
     summary = {

@@ -201,9 +201,10 @@ def make_space(
             fixed[name] = said[name].value
         else:
             dimensions += _dimensions(method.parameters[name], said[name], models, names)
-    if not dimensions:
+    if all(d.low == d.high and len(d.choices) < 2 for d in dimensions):
         raise CuveeError(
             f"nothing varies in '{method.name}'",
+            where=next((each.where for each in vary.values() if each.where), ""),
             mend=f"give bounds to one of {quoted(method.parameters) or 'no parameter'}",
         )
     if len(dimensions) > most:

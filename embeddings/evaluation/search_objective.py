@@ -46,6 +46,9 @@ class SuiteObjective:
         """Of the tasks, as `cuvee evaluate` tells them."""
         return {target.name: str(target.dataset["revision"]) for target in self.targets}
 
+    def task_names(self) -> tuple[str, ...]:
+        return tuple(target.name for target in self.targets)
+
     def check(self, model: ModelRef) -> tuple[str, ...]:
         """As `look`, and the model's folder.
 

@@ -41,6 +41,11 @@ class OverChoices(ABC):
         """Of the tasks' files."""
         return digests(self._tasks)
 
+    def task_names(self) -> tuple[str, ...]:
+        names = tuple(task.name or self.name for task in self._tasks)
+        valid = tuple(f"{task.name}.{VALID}" if task.name else VALID for task in self._tasks if task.scores)
+        return (*names, *valid)
+
     def check(self, model: ModelRef) -> tuple[str, ...]:
         """Reads the inputs of every task, and the model's configuration.
 

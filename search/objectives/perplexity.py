@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merging.checkpoint import Checkpoint
 from merging.errors import CuveeError
 from merging.node import Node
 from merging.sources import ModelRef
 from merging.statistics.job import micro_batches
-from merging.statistics.network import Network, open_network
+from merging.statistics.network import Network, head_of, open_network
 from merging.statistics.tokens import Tokens
 from search.objective import Candidate, Scores, objective
 from search.objectives.inputs import unlabelled
@@ -40,14 +41,21 @@ class Perplexity:
         """Of the tasks' files."""
         return digests(self._tasks)
 
+    def task_names(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self._tasks if task.name)
+
     def check(self, model: ModelRef) -> tuple[str, ...]:
-        """Reads the texts.
+        """Reads the texts, and what kind of model it is.
 
         Raises:
-            CuveeError: data that cannot be read.
+            CuveeError: data that cannot be read, no language model.
         """
         for task in self._tasks:
             unlabelled(task)
+        with Checkpoint.open(model) as checkpoint:
+            if head_of(checkpoint) != "lm":
+                what = "is no language model, so it foresees no token"
+                raise CuveeError(what, where=str(model), mend="choose another objective")
         return ()
 
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module:

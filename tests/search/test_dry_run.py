@@ -62,6 +62,7 @@ def dry(place: Path, objective: Any, **said: Any) -> str:
             "search.yml:8: 'labels.odt' is of no known format; known: '.txt', '.jsonl'",
         ),
         ({"perplexity": {"data": "empty.jsonl"}}, "empty.jsonl: holds no row"),
+        ({"perplexity": {"data": "bare.jsonl"}}, "base: is no language model"),
         ({"function": "nowhere:one"}, "search.yml:5: 'nowhere' cannot be imported: ModuleNotFoundError"),
         ({"function": "wrong:one"}, "search.yml:5: 'wrong' cannot be imported: ModuleNotFoundError"),
         ({"function": "score:two"}, "search.yml:5: 'score' has no function 'two'"),
@@ -69,6 +70,25 @@ def dry(place: Path, objective: Any, **said: Any) -> str:
 )
 def test_what_the_objective_reads(place: Path, objective: Any, told: str) -> None:
     assert told in dry(place, objective)
+
+
+@pytest.mark.parametrize(
+    ("goal", "told"),
+    [
+        ({"floors": {"z": 0.5}}, "search.yml:5: the objective has no task 'z'; given: x, y"),
+        ({"aggregate": {"weighted": {"x": 1, "z": 1}}}, "the objective has no task 'z'"),
+        ({"front": ["x", "z"]}, "the objective has no task 'z'"),
+        ({"front": ["x", "y"], "floors": {"x": 0.5}}, ""),
+    ],
+)
+def test_tasks_that_the_goal_names(place: Path, goal: dict[str, Any], told: str) -> None:
+    assert told in (found := dry(place, {"loss": {"data": {"x": "good.jsonl", "y": "good.jsonl"}}, **goal}))
+    assert bool(told) == bool(found)
+
+
+def test_the_posterior_of_a_front(place: Path) -> None:
+    objective = {"loss": {"data": {"x": "good.jsonl", "y": "good.jsonl"}}, "front": ["x", "y"]}
+    assert "'recommend: posterior' is of one score" in dry(place, objective, recommend="posterior")
 
 
 def test_what_is_right_passes(place: Path) -> None:
@@ -92,11 +112,16 @@ def test_what_is_right_passes(place: Path) -> None:
         ({"engine": "adamerging", "base_model": None}, "search.yml:6: 'task_arithmetic' needs a base"),
         ({"method": "ties", "base_model": None}, "search.yml:6: 'ties' needs a base"),
         ({"base_model": None}, "search.yml:1: 'task_arithmetic' needs a base"),
+        ({"models": ["base"], "method": None}, "search.yml:2: the base is the only model; add"),
+        ({"models": ["a", "a"], "method": None}, "is listed twice; remove this entry, or that at"),
+        ({"vary": {"weight": 0.5}}, "search.yml:8: nothing varies in 'task_arithmetic'"),
+        ({"vary": {"weight": {"low": 1, "high": 1}}}, "nothing varies in 'task_arithmetic'"),
+        ({"engine": {"gp": {"x": 1}}}, "the engine 'gp' takes no settings"),
     ],
 )
 def test_what_the_search_is_made_of(place: Path, said: dict[str, Any], told: str) -> None:
     objective = {"entropy": "bare.jsonl"} if "engine" in said else {"function": "score:one"}
-    more = {"method": "fisher"} if "models" in said else {}
+    more = {"method": "fisher"} if "models" in said and "method" not in said else {}
     assert told in dry(place, objective, **more, **said)
 
 
