@@ -25,6 +25,7 @@ import json
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if not file.is_file():
                     write_whole(file, json.dumps(record(arm, seed, train, test, options), indent=1) + "\n")
                 records.append(read(file))
-    text = report(records, options, len(train), len(test))
+    seed = options.seeds[0]
+    model = new_model(options.out / f"seed{seed}" / "random", train, seed, options.device)
+    text = report(records, options, len(train), len(test), commonest(model, train, test))
     write_whole(options.out / "emoji.json", json.dumps(records, indent=1) + "\n")
     write_whole(options.out / "emoji.md", text)
     print(text)
@@ -385,10 +388,24 @@ def told(model: Reconstructor, rows: Sequence[Emoji]) -> dict[str, float]:
     return {"accuracy": round(right / count, 5), "loss": round(loss / count, 4)}
 
 
+def commonest(model: Reconstructor, train: Sequence[Emoji], test: Sequence[Emoji]) -> float:
+    """The share of the held-out captions' tokens that is told by whatever is the most frequent at each place, unseen."""
+    reader = reader_of(model)
+    seen, asked = (reader.ids([row.caption for row in rows], "target") for rows in (train, test))
+    right = 0
+    for place in range(max(map(len, asked))):
+        tokens = Counter(ids[place] for ids in seen if len(ids) > place)
+        first = tokens.most_common(1)[0][0] if tokens else None
+        right += sum(ids[place] == first for ids in asked if len(ids) > place)
+    return right / sum(map(len, asked))
+
+
 # ---- report ----
 
 
-def report(records: Sequence[Mapping[str, Any]], options: argparse.Namespace, train: int, test: int) -> str:
+def report(
+    records: Sequence[Mapping[str, Any]], options: argparse.Namespace, train: int, test: int, common: float
+) -> str:
     head = ["arm", *WAYS, "mean", "mean before contrast", "words told by EOS", "rank"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for arm in options.arms:
@@ -400,12 +417,13 @@ def report(records: Sequence[Mapping[str, Any]], options: argparse.Namespace, tr
         words = points([each["told"]["accuracy"] for each in own if "told" in each]) or "–"
         rank = statistics.fmean(each["after"]["rank"] for each in own)
         lines.append([arm, *cells, points(after), points(before), words, f"{rank:.0f}"])
+    minutes = sum(each["cpu_seconds"] for each in records) / 60
     said = (
         f"{train} training rows, {test} held out. nDCG@10 and words told in points of 100: mean ± standard deviation of "
         f"{len(options.seeds)} seeds. {records[0]['parameters'] / 1e6:.1f} M parameters. Steps of {options.batch} rows: "
         f"warm-up {options.warm_up_steps}, bridge {options.bridge_steps}, contrast {options.contrastive_steps}; learning "
-        f"rate {options.learning_rate:g}. {sum(each['cpu_seconds'] for each in records) / 60:.0f} CPU minutes. "
-        f"Commit {commit()}."
+        f"rate {options.learning_rate:g}. Words told by the commonest at each place: {100 * common:.2f}. "
+        f"{minutes:.0f} CPU minutes. Commit {commit()}."
     )
     return f"{said}\n\n{markdown(lines)}"
 
