@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,7 +75,7 @@ def start(
     file_size: int | None = None,
     files: int | None = None,
     user: int | None = None,
-    die_at: int | None = None,
+    die_at: int | str | None = None,
     watch_memory: bool = False,
 ) -> Running:
     """Starts `cuvee ARGUMENTS`.
@@ -84,7 +84,8 @@ def start(
         file_size: no file may grow larger than so many bytes (RLIMIT_FSIZE): writes fail as on a full disk.
         files: no more than so many open files (RLIMIT_NOFILE).
         user: the number of the user to run as; only root may.
-        die_at: SIGKILL just before its n-th change of the file system: a file opened to write, made, renamed, removed.
+        die_at: SIGKILL just before its n-th change of the file system: a file opened to write, made, renamed, removed; or
+            before the first one of a path that has this in it.
         watch_memory: sample RssAnon every few milliseconds.
     """
     limits = {"file_size": file_size, "files": files, "user": user, "die_at": die_at}
@@ -171,6 +172,7 @@ def _warm_up_training() -> None:
             "transformers.models.llama.modeling_llama",
             "embeddings.reconstruction.run",
             "embeddings.reconstruction.model",
+            "matplotlib.backends.backend_svg",
         ),
     )
     for name in late:
@@ -198,19 +200,25 @@ def _watch(child: int) -> int:
 
 
 class _Mortal:
-    """An audit hook that ends its own process before a change of the file system, the first being number 0."""
+    """An audit hook that ends its own process before a change of the file system: the n-th from 0, or that of a path."""
 
     _CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
-    def __init__(self, last: int) -> None:
-        self._left = last
+    def __init__(self, last: int | str) -> None:
+        self._left, self._path = (0, last) if isinstance(last, str) else (last, "")
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         writes = event == "open" and bool(int(arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
         if writes or event in self._CHANGES:
+            if self._path and not any(self._path in os.fsdecode(own) for own in arguments[:2] if _is_path(own)):
+                return
             if self._left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             self._left -= 1
+
+
+def _is_path(argument: object) -> TypeGuard[str | bytes]:
+    return isinstance(argument, str | bytes)
 
 
 def _child(request: Mapping[str, Any]) -> int:

@@ -249,16 +249,17 @@ def same_run(one: Path, other: Path) -> None:
 
 
 def test_a_run_killed_again_and_again_is_the_run_that_nobody_disturbed(place: Path) -> None:
-    """By SIGKILL before a change of the file system, so that each part of the run is the last there is at some time."""
-    parts = ("data", "work/warm_up/checkpoint", "stages/warm_up", "work/bridge/checkpoint", "stages/bridge")
-    out, left_behind = place / "killed", []
-    for die_at in (2, 12, 28, 52, *[62] * 5, None):
-        done = commands.run("pretrain", "cocoa", place / "config.yml", out, die_at=die_at)
-        if done.code == 0:
-            break
+    """By SIGKILL before each part of the run is written, the one before it being the last there is."""
+    checkpoints = ("work/warm_up/checkpoint", "work/bridge/checkpoint")
+    parts = ("data", "stages/warm_up", "stages/bridge", "curves.svg", "language_model", "model")
+    out = place / "killed"
+    for number, part in enumerate(parts):
+        done = commands.run("pretrain", "cocoa", place / "config.yml", out, die_at=str(out / part))
         assert done.code == -9, done.err
-        left_behind += [part for part in (*parts, "language_model", "model") if (out / part).exists()]
-    assert set(left_behind) >= {*parts, "language_model"}
+        assert [(out / each).exists() for each in parts] == [each < number for each in range(len(parts))], part
+        if part.startswith("stages"):
+            assert (out / checkpoints[number - 1]).exists()
+    assert commands.run("pretrain", "cocoa", place / "config.yml", out).code == 0
     same_run(out, place / "run")
     left = {file.name for file in out.rglob(".*") if file.is_file() and "lock" not in file.name}
     assert not left and not (out / "work").exists(), left
