@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from merging.execution import Progress
@@ -55,6 +55,10 @@ class Work(Protocol):
     """Called with what is being done, how much of it is done, and how much there is; 0: nobody knows."""
 
     def __call__(self, what: str, done: int, total: int, /) -> None: ...
+
+
+#: Told a line for the user.
+Note: TypeAlias = Callable[[str], None]
 
 
 @contextmanager

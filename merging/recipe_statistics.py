@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,13 @@ import xxhash
 from merging import lineage
 from merging.errors import CuveeError, MergeError
 from merging.methods import Method
+from merging.progress import Note
 from merging.recipe import Recipe
 from merging.sources import ModelRef, Source, StatsRef
 from merging.views import View
 
 if TYPE_CHECKING:
     from merging.statistics import Statistics
-
-Note = Callable[[str], None]
 
 
 def attach(

@@ -11,15 +11,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from search.space import Dimension, Space
+from search.engines import OneProposal
+from search.space import Space
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,21 +29,15 @@ _FIT_STEPS, _FIT_GAIN = 20, 1e-6  # to the end a fit takes five times as long, a
 _SAMPLES, _STARTS, _RAW, _STEPS, _LOOKS = 64, 4, 32, 20, 5  # of the acquisition
 
 
-class BoTorchSampler(BaseSampler):
+class BoTorchSampler(OneProposal):
     """One proposal; failed trials are not known to it. Leaves torch's own random state as it was."""
-
-    def __init__(self, space: Space, seed: int) -> None:
-        self.space, self.seed = space, seed
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self.space.distributions()
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         import torch
 
-        varied = [d for d in self.space.dimensions if d.name in search_space]
+        varied = replace(self.space, dimensions=tuple(d for d in self.space.dimensions if d.name in search_space))
         done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         at_work = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         pending = [t for t in at_work if t.number != trial.number and search_space.keys() <= t.params.keys()]
@@ -55,11 +50,6 @@ class BoTorchSampler(BaseSampler):
             self.seed,
         )
         return _point(varied, place.tolist())
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        raise AssertionError("never asked")
 
 
 def propose(places: Tensor, values: Tensor, below: Tensor, pending: Tensor, seed: int) -> Tensor:
@@ -147,18 +137,17 @@ def _column(number: int) -> Callable[[Tensor], Tensor]:
     return lambda samples: samples[..., number]
 
 
-def _places(dimensions: Sequence[Dimension], trials: Sequence[FrozenTrial]) -> Tensor:
-    """(trials, coordinates) in the unit cube; a categorical has one for each choice."""
+def _places(space: Space, trials: Sequence[FrozenTrial]) -> Tensor:
+    """(trials, coordinates) in the unit cube."""
     import torch
 
-    rows = [[x for d in dimensions for x in d.place(other.params[d.name])] for other in trials]
-    return torch.tensor(rows, dtype=torch.double)
+    return torch.tensor([space.coordinates(other.params) for other in trials], dtype=torch.double)
 
 
-def _point(dimensions: Sequence[Dimension], place: Sequence[float]) -> dict[str, Any]:
+def _point(space: Space, place: Sequence[float]) -> dict[str, Any]:
     """The value of each dimension; of a categorical the choice whose coordinate is the greatest."""
     found, start = {}, 0
-    for dimension in dimensions:
+    for dimension in space.dimensions:
         count = len(dimension.choices) or 1
         own = place[start : start + count]
         start += count

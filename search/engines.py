@@ -157,17 +157,26 @@ class SeededSampler(BaseSampler):
         """Nothing: no sampler lives that long."""
 
 
-class SkoptSampler(BaseSampler):
-    """scikit-optimize by its ask and tell: a Gaussian process, Matérn 5/2, expected improvement with ξ = 0.01.
-
-    One proposal; failed trials and those at work are not known to it.
-    """
+class OneProposal(BaseSampler):
+    """A sampler that is made for one proposal, of all that varies: what `SeededSampler` asks."""
 
     def __init__(self, space: Space, seed: int) -> None:
         self.space, self.seed = space, seed
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self.space.distributions()
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        raise AssertionError("never asked")
+
+
+class SkoptSampler(OneProposal):
+    """scikit-optimize by its ask and tell: a Gaussian process, Matérn 5/2, expected improvement with ξ = 0.01.
+
+    One proposal; failed trials and those at work are not known to it.
+    """
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -200,11 +209,6 @@ class SkoptSampler(BaseSampler):
             rows = [[other.params[d.name] for d in varied] for other in done]
             optimizer.tell(rows, [-float(other.value or 0.0) for other in done])
             return dict(zip((d.name for d in varied), map(_plain, optimizer.ask()), strict=True))
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        raise AssertionError("never asked")
 
 
 def _proposed(trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]) -> dict[str, Any]:

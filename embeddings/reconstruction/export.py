@@ -24,7 +24,10 @@ from merging import lineage
 from merging.errors import CuveeError
 from merging.output import staged
 
-#: What a model of texts says of itself; `{heeds}` what is needed for it to look to both sides.
+if TYPE_CHECKING:
+    from embeddings.reconstruction.model import Reconstructor
+
+#: What a model of texts says of itself; `{attention}`: where a token looks, and what that needs.
 _CARD = """\
 ---
 library_name: sentence-transformers
@@ -46,9 +49,6 @@ overlooks before, without a word:
     pip install sentence-transformers "transformers>=5.2"
 """
 _CAUSAL = "A token sees those before it."
-
-if TYPE_CHECKING:
-    from embeddings.reconstruction.model import Reconstructor
 
 
 def check_export(model: Reconstructor, *, bidirectional: bool, where: str) -> None:

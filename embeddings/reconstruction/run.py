@@ -29,7 +29,6 @@ from embeddings.reconstruction.run_folder import (
 )
 from embeddings.reconstruction.stages import (
     Data,
-    Note,
     Opened,
     Stages,
     help_train,
@@ -43,12 +42,12 @@ from embeddings.reconstruction.train import plan_of
 from embeddings.training import metrics
 from embeddings.training.curves import write_curves
 from embeddings.training.options import Options, refuse_device
-from embeddings.training.run_folder import at_work, summary_of
+from embeddings.training.run_folder import at_work, planned_of, summary_of
 from embeddings.training.train import Trained
 from merging import lineage
 from merging.loading import only_our_words
 from merging.output import write_whole
-from merging.progress import Work
+from merging.progress import Note, Work
 
 
 def pretrain_run(
@@ -132,20 +131,8 @@ def plan(
         for job in jobs:
             try_out(job)
         plans = {job.stage.name: plan_of(job.stage, job.materials, job.seed) for job in jobs}
-        return {
-            "command": COMMAND,
-            "dry_run": True,
-            "objective": config.objective,
-            "out": str(run),
-            "seed": config.seed,
-            "device": options.device,
-            "cuvee_version": lineage.cuvee_version(),
-            "members": {name: {"steps": len(steps)} for name, steps in plans.items()},
-            "steps": sum(map(len, plans.values())),
-            "cost": sum(len(part.rows) for steps in plans.values() for step in steps for part in step),
-            "rows": {found.name: len(found) for found in data.all},
-            "held_out": len(data.held),
-        }
+        planned = planned_of(COMMAND, run, config.seed, options, plans, data.all)
+        return {**planned, "objective": config.objective, "held_out": len(data.held)}
 
 
 def _finish(

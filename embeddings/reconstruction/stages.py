@@ -34,7 +34,7 @@ from embeddings.training.team import ALONE, Team
 from embeddings.training.train import Trained
 from merging.errors import CuveeError
 from merging.loading import only_our_words
-from merging.progress import Work
+from merging.progress import Note, Work
 
 if TYPE_CHECKING:
     from embeddings.reconstruction.model import Reconstructor
@@ -47,8 +47,6 @@ _OBJECTIVES: Mapping[str, Callable[..., Objective]] = {
 }
 #: Stages of single texts; the others are of pairs.
 _OF_TEXTS = ("warm_up", "retromae")
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -192,12 +190,11 @@ def jobs_of(config: PretrainingConfig, data: Data, run: Path) -> list[Job]:
     """The training of each stage; the weights of one follow from those before it too."""
     jobs: list[Job] = []
     before, past = 0, ""
+    pattern, rows = "bidirectional" if config.bidirectional else "causal", _sides(config, data)
     for stage in config.stages:
         reader = replace(data.reader, pack=stage.pack, max_length=_lengths(config, stage))
         materials = _materials(config, stage, data, reader)
         objective = _OBJECTIVES[stage.name](**stage.parameters)
-        rows = _sides(config, data)
-        pattern = "bidirectional" if config.bidirectional else "causal"
         made_by = _made_by(config, stage, data, past)
         job = Job(
             stage=stage,

@@ -18,14 +18,13 @@ from embeddings.training.core_set import keep_core
 from embeddings.training.data import TrainingSet
 from embeddings.training.draws import Member, draw_members
 from embeddings.training.member_merge import look_ahead, merge_members, refuse_recipe
-from embeddings.training.members import Note, help_train, jobs_by_name, read_sets, train_jobs
+from embeddings.training.members import help_train, jobs_by_name, read_sets, train_jobs
 from embeddings.training.options import Options, refuse_device
 from embeddings.training.past import add_lineage, training_lineage
-from embeddings.training.run_folder import CORE, MODEL, at_work, check_claim, claim, finish
+from embeddings.training.run_folder import CORE, MODEL, at_work, check_claim, claim, finish, planned_of
 from embeddings.training.train import Job, Trained, schedule_of
-from merging import lineage
 from merging.loading import only_our_words
-from merging.progress import Work
+from merging.progress import Note, Work
 
 
 def train_run(
@@ -101,18 +100,7 @@ def plan(
         objectives(config, sets)
         named = jobs(sets) if jobs else jobs_by_name(config, sets, Path(run).absolute())
         schedules = {name: schedule_of(config, sets, job) for name, job in named.items()}
-        return {
-            "command": "train",
-            "dry_run": True,
-            "out": str(Path(run).absolute()),
-            "seed": config.seed,
-            "device": options.device,
-            "cuvee_version": lineage.cuvee_version(),
-            "members": {name: {"steps": len(steps)} for name, steps in schedules.items()},
-            "steps": sum(map(len, schedules.values())),
-            "cost": sum(len(part.rows) for steps in schedules.values() for step in steps for part in step),
-            "rows": {each.name: len(each) for each in sets},
-        }
+        return planned_of("train", Path(run).absolute(), config.seed, options, schedules, sets)
 
 
 def _told(member: Member, done: Trained) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import yaml
 
 from embeddings.training.config import TrainingConfig
 from embeddings.training.draws import Member, draw_members
-from embeddings.training.members import Note, open_backbone
+from embeddings.training.members import open_backbone
 from embeddings.training.options import Options
 from embeddings.training.past import add_lineage
 from embeddings.training.run_folder import BASE, MEMBERS, MODEL, SEARCH, WORK
@@ -22,7 +22,7 @@ from merging import lineage
 from merging.errors import CuveeError
 from merging.loading import only_our_words
 from merging.output import staged, write_whole
-from merging.progress import Work
+from merging.progress import Note, Work
 from merging.sources import ModelRef
 
 if TYPE_CHECKING:

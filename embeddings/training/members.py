@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,10 @@ from embeddings.training.run_folder import DATA, MEMBERS, MODEL, WORK
 from embeddings.training.team import ALONE
 from embeddings.training.train import METRICS, Job, Trained, train
 from merging.loading import only_our_words
-from merging.progress import Work
+from merging.progress import Note, Work
 
 if TYPE_CHECKING:
     from embeddings.training.backbone import Backbone
-
-Note = Callable[[str], None]
 
 
 def jobs_by_name(config: TrainingConfig, sets: Sequence[TrainingSet], run: Path) -> dict[str, Job]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,7 @@ import numpy as np
 from embeddings.training.config import TrainingConfig
 from embeddings.training.disk import disk_errors
 from embeddings.training.options import Options
+from embeddings.training.schedule import Schedule
 from embeddings.training.train import AFTER_TRAINING, Trained
 from merging import lineage
 from merging.errors import CuveeError
@@ -150,6 +151,34 @@ def summary_of(
         "pairs_per_second": round(rows / seconds, 1) if seconds else 0.0,
         "loss": round(float(np.mean([done.loss for done in trained.values()])), 6),
         "cost": rows,
+    }
+
+
+def planned_of(
+    command: str,
+    run: Path,
+    seed: int,
+    options: Options,
+    schedules: Mapping[str, Schedule],
+    sets: Iterable[Any],
+) -> dict[str, Any]:
+    """What would be made, from what, and at what cost.
+
+    Args:
+        schedules: by member or stage.
+        sets: with a name and a number of rows each.
+    """
+    return {
+        "command": command,
+        "dry_run": True,
+        "out": str(run),
+        "seed": seed,
+        "device": options.device,
+        "cuvee_version": lineage.cuvee_version(),
+        "members": {name: {"steps": len(steps)} for name, steps in schedules.items()},
+        "steps": sum(map(len, schedules.values())),
+        "cost": sum(len(part.rows) for steps in schedules.values() for step in steps for part in step),
+        "rows": {each.name: len(each) for each in sets},
     }
 
 

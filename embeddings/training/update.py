@@ -22,14 +22,14 @@ from embeddings.training.core_set import DATA_FILE, write_core
 from embeddings.training.data import TrainingSet
 from embeddings.training.draws import Rows, draw_new_core
 from embeddings.training.member_merge import Merge, merge_models, told_by
-from embeddings.training.members import Note, help_train, read_sets, train_jobs
+from embeddings.training.members import help_train, read_sets, train_jobs
 from embeddings.training.options import Options, refuse_device
 from embeddings.training.past import Past, read_past, training_lineage
 from embeddings.training.run_folder import CORE, MEMBERS, WORK, at_work, check_claim, claim, finish
 from embeddings.training.train import Job
 from merging import lineage
 from merging.loading import only_our_words
-from merging.progress import Work
+from merging.progress import Note, Work
 from merging.sources import ModelRef
 
 _UPDATE = "update"

@@ -21,9 +21,7 @@ from merging.processes import die_with_parent, own_gpu
 
 if TYPE_CHECKING:
     from embeddings.training.options import Options
-    from merging.progress import Work
-
-Note = Callable[[str], None]
+    from merging.progress import Note, Work
 
 _LAST_WORDS = 10.0  # seconds in which the run hears why a process ended, before others tell that they miss it
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merging.progress import Note
 from merging.statistics.calibration import draw
 from merging.statistics.fisher_job import fisher_job
-from merging.statistics.job import Note, micro_batches
+from merging.statistics.job import micro_batches
 from merging.statistics.network import Network
 
 if TYPE_CHECKING:

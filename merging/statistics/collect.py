@@ -16,14 +16,14 @@ from merging.setting import did_you_mean, quoted
 from merging.sources import ModelRef
 from merging.statistics.calibration import Calibration, draw
 from merging.statistics.folder import KINDS, StatsError, fingerprint, write_statistics
-from merging.statistics.job import Job, Note
+from merging.statistics.job import Job
 from merging.statistics.network import HEADS, Network, head_of, open_network
 from merging.statistics.resume import Partial
 from merging.statistics.scaled import of_model, refuse_strangers, scaled
 from merging.views import View
 
 if TYPE_CHECKING:
-    from merging.progress import Work
+    from merging.progress import Note, Work
 
 _BYTES = 6  # of a number's sum at least
 

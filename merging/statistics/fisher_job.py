@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from merging.progress import Note
 from merging.statistics.calibration import Calibration
 from merging.statistics.fisher import Fisher
 from merging.statistics.folder import StatsError
 from merging.statistics.heads import Batch
-from merging.statistics.job import Found, Job, Note, text_tokens
+from merging.statistics.job import Found, Job, text_tokens
 from merging.statistics.network import Network
 from merging.statistics.tokens import Tokens
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from merging.progress import Note
 from merging.statistics.calibration import Calibration, Example
 from merging.statistics.folder import StatsError
 from merging.statistics.inputs import InputSums, Layer
-from merging.statistics.job import Found, Job, Note, text_tokens
+from merging.statistics.job import Found, Job, text_tokens
 from merging.statistics.network import Network
 from merging.statistics.tokens import Tokens
 

@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from merging.progress import Work
+from merging.progress import Note, Work
 from merging.statistics.calibration import Example
 from merging.statistics.network import Network
 from merging.statistics.resume import Partial, interrupts
 from merging.statistics.tokens import Tokens
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
