@@ -16,6 +16,7 @@ from typing import Any
 
 import xxhash
 
+from embeddings.images.folder import as_texts
 from embeddings.packed import pack_linears
 from merging.checkpoint import Checkpoint, locate, read_json
 from merging.errors import CuveeError
@@ -95,9 +96,9 @@ def open_model(
     with Checkpoint.open(model) as checkpoint:
         notes = refuse_other_kinds(checkpoint, trust_remote_code=trust_remote_code)
         digest = _digest(checkpoint, model, dtype, truncate_dim)
-        with adapter_merged(model, checkpoint.path) as folder:
+        with adapter_merged(model, checkpoint.path) as folder, as_texts(folder) as view:
             transformer = load_transformer(
-                folder, str(model), dtype=dtype, device=device, truncate_dim=truncate_dim, trusted=trust_remote_code
+                view, str(model), dtype=dtype, device=device, truncate_dim=truncate_dim, trusted=trust_remote_code
             )
     if packed:
         pack_linears(transformer)

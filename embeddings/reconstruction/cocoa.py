@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from embeddings.images.reader import Picture
 from embeddings.reconstruction.batch import EOS, SOURCE, TARGET, Batch, Counts, Row, stack
-from embeddings.reconstruction.images import ImageBatch, Picture, pictures_of
+from embeddings.reconstruction.images import ImageBatch, attached, pictures_of
 from embeddings.reconstruction.objective import (
     Example,
     Outcome,
@@ -125,7 +126,7 @@ class Bridge:
 
 def image_ids(picture: Picture | None, reader: Reader) -> NDArray[np.int64]:
     """What stands for an image before a text; nothing for none."""
-    return np.empty(0, np.int64) if picture is None else reader.processor.ids(picture)
+    return np.empty(0, np.int64) if picture is None else reader.processor.ids(reader.processor.tokens(picture))
 
 
 def stacked(rows: Sequence[Row], pictures: Sequence[Picture | None], pattern: str, reader: Reader) -> Batch:
@@ -133,7 +134,7 @@ def stacked(rows: Sequence[Row], pictures: Sequence[Picture | None], pattern: st
     there = [picture for picture in pictures if picture is not None]
     pack = 0 if there else reader.pack
     batch = stack(rows, pattern, pad_id=reader.pad_id, pad_left=reader.pad_left, pack=pack)
-    return reader.processor.attached(batch, there) if there else batch
+    return attached(batch, there, reader)
 
 
 def needed_target(example: Example, reader: Reader) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -3,6 +3,7 @@
     model: SmolLM2                     # a decoder; as in `cuvee train`, but for its pooling
     data:                              # as in `cuvee train`
       - {file: pairs.jsonl.gz}
+    images: [{file: emoji.jsonl}]      # likewise, of `cocoa`; besides `data`, or alone
     max_length: {query: 64, document: 256}   # tokens; or one number for both
     batch_size: 64                     # of a step; micro_batch: of them at once
     epochs: 1                          # or steps: N
@@ -25,10 +26,10 @@ from typing import Any
 
 import yaml
 
-from embeddings.reconstruction.image_rows import ImageSettings, image_settings
+from embeddings.images.settings import ImageSettings
 from embeddings.training import config as training
 from embeddings.training.config import ModelSettings, TrainingConfig
-from embeddings.training.data_settings import SIDES, DataSettings, refuse_twins
+from embeddings.training.data_settings import SIDES, DataSettings
 from merging import node
 from merging.errors import CuveeError
 from merging.fields import choice, flag, given, mapping, number, told_as
@@ -70,7 +71,8 @@ _PRETRAINED = "the-pre-trained-model"
 #: What a contrastive stage may say of the model, and takes over where it does not; the rest follows from how it was
 #: pre-trained.
 _OF_CONTRASTIVE_MODEL = ("lora", "dtype", "gradient_checkpointing", "trust_remote_code")
-#: What `data:` may say for `cuvee train` alone.
+_DATA = ("data", "images")
+#: What their entries may say for `cuvee train` alone.
 _CONTRASTIVE_ONLY = ("loss", "mine", "negatives")
 #: Objectives whose models look to both sides.
 _BIDIRECTIONAL = ("cocoa", "retromae")
@@ -211,12 +213,12 @@ def parse(text: str, objective: str, where: str = "configuration") -> Pretrainin
             raise CuveeError("is no mapping", where=root.where, mend="write at least 'model:' and 'data:'")
         _refuse_keys(root, objective)
         near = Path(where).parent
-        images = _images(root, near, objective)
         contrastive = _contrastive(root, where)
+        data, images = _data(root, near, objective, contrastive)
         return PretrainingConfig(
             objective=objective,
             model=_model(root, near),
-            data=_data(root, near, contrastive),
+            data=data,
             images=images,
             stages=_stages(root, objective),
             max_length=training.lengths_by_side(root),
@@ -328,42 +330,42 @@ def _model(root: Node, near: Path) -> ModelSettings:
     return found
 
 
-def _images(root: Node, near: Path, objective: str) -> tuple[ImageSettings, ...]:
-    found = image_settings(root, near)
-    if not found:
-        return found
-    images = root.value["images"]
-    if objective != "cocoa":
+def _data(
+    root: Node, near: Path, objective: str, contrastive: TrainingConfig | None
+) -> tuple[tuple[DataSettings, ...], tuple[ImageSettings, ...]]:
+    data, images = training.data_and_images(root, near)
+    if images and objective != "cocoa":
         mend = "remove them, or run `cuvee pretrain cocoa`"
-        raise CuveeError(f"{objective} reads no images", where=images.where, mend=mend)
-    if given(root, "contrastive") is not None:
-        mend = "remove one of them; `cuvee train` trains models of texts"
-        raise CuveeError("'images' and 'contrastive' exclude each other", where=images.where, mend=mend)
-    texts = training.data_sets(root, near) if given(root, "data") is not None else ()
-    refuse_twins([*texts, *(each.data for each in found)])
-    return found
+        raise CuveeError(f"{objective} reads no images", where=root.value["images"].where, mend=mend)
+    shared = contrastive is not None and not _says_data(root.value["contrastive"])
+    for kind in _DATA if not shared else ():
+        listed = given(root, kind)
+        if listed is None:
+            continue
+        for entry in listed.value if isinstance(listed.value, list) else [listed]:
+            for key in _CONTRASTIVE_ONLY:
+                if isinstance(entry.value, dict) and given(entry, key) is not None:
+                    mend = f"remove it, or write it under 'contrastive: {{{kind}: …}}'"
+                    what = f"'{key}' means nothing to a reconstruction"
+                    raise CuveeError(what, where=entry.value[key].where, mend=mend)
+    return (
+        tuple(replace(each, loss=None, mine=None) for each in data),
+        tuple(replace(each, data=replace(each.data, loss=None)) for each in images),
+    )
 
 
-def _data(root: Node, near: Path, contrastive: TrainingConfig | None) -> tuple[DataSettings, ...]:
-    if given(root, "images") is not None and given(root, "data") is None:
-        return ()
-    found = training.data_sets(root, near)
-    shared = contrastive is not None and given(root.value["contrastive"], "data") is None
-    for entry in root.value["data"].value if not shared else ():
-        for key in _CONTRASTIVE_ONLY:
-            if isinstance(entry.value, dict) and given(entry, key) is not None:
-                mend = "remove it, or write it under 'contrastive: {data: …}'"
-                raise CuveeError(f"'{key}' means nothing to a reconstruction", where=entry.value[key].where, mend=mend)
-    return tuple(replace(each, loss=None, mine=None) for each in found)
+def _says_data(node: Node) -> bool:
+    return any(given(node, kind) is not None for kind in _DATA)
 
 
 def _contrastive(root: Node, where: str) -> TrainingConfig | None:
-    """The training that follows; what it does not say of data, lengths and seed is that of the pre-training."""
+    """The training that follows; what it does not say of data, images, lengths and seed is that of the pre-training."""
     own = mapping(root, "contrastive", "{batch_size: 1024, steps: 2000}")
     if own is None:
         return None
     body = dict(own.value)
-    body |= {key: root.value[key] for key in ("data", "max_length", "seed") if key in root.value and key not in body}
+    taken_over = [*(() if _says_data(own) else _DATA), "max_length", "seed"]
+    body |= {key: root.value[key] for key in taken_over if key in root.value and key not in body}
     said = mapping(own, "model", "{lora: {r: 8, alpha: 64}}")
     if said is not None:
         refuse_unknown_keys(said, _OF_CONTRASTIVE_MODEL, "the pre-trained model")

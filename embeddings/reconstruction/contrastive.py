@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from embeddings.images.rows import read_images
+from embeddings.images.settings import ImageSettings
 from embeddings.reconstruction.config import PretrainingConfig
 from embeddings.training.batch import objectives
 from embeddings.training.config import TrainingConfig
@@ -45,6 +48,10 @@ def check_contrastive(
     refuse_recipe(after, run)
     if not force:
         check_claim(run, "train", after, force=False)
+    with TemporaryDirectory(prefix="cuvee-images-") as scratch:
+        read_images(
+            [own for own in after.images if not _is_among(own, config.images)], Path(scratch), after.seed, _silent
+        )
     for own in after.data:
         found = next((each for each in sets if _source(each.settings) == _source(own)), None)
         if found is not None:
@@ -72,6 +79,14 @@ def train_contrastive(
     if "model" in done and card.is_file():  # it attends as the model does that it was trained from
         write_whole(Path(done["model"]) / CARD, card.read_text(encoding="utf-8"))
     return done
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+def _is_among(own: ImageSettings, others: Sequence[ImageSettings]) -> bool:
+    return any(replace(own, data=_source(own.data)) == replace(each, data=_source(each.data)) for each in others)
 
 
 def _source(data: DataSettings) -> DataSettings:

@@ -22,7 +22,7 @@ from embeddings.reconstruction.objective import Example
 from embeddings.reconstruction.reader import Reader
 from embeddings.training.data import GRADED, TrainingSet, load_sets
 from embeddings.training.data_settings import DataSettings
-from embeddings.training.token_table import TokenTable
+from embeddings.training.token_table import TextTable
 from merging.errors import CuveeError
 from merging.progress import Work
 
@@ -239,7 +239,7 @@ class Pairs:
         document = _ids(found.document_tokens, int(found.positives[row][0]))[: length["document"] - 1]
         return Example(query), Example(document)
 
-    def _target(self, table: TokenTable, number: int, side: str) -> Sequence[int]:
+    def _target(self, table: TextTable, number: int, side: str) -> Sequence[int]:
         """A text's ids without prompt and special tokens."""
         if self.found.settings.prompt_of(side):
             return self._reader.ids([table.text(number)], "target")[0][: self._max_length[side]]
@@ -253,7 +253,7 @@ def _answers_with(found: TrainingSet, rows: NDArray[np.int64], queries: NDArray[
     return np.array([not same.isdisjoint(found.positives[int(row)].tolist()) for row in rows], bool)
 
 
-def _with_text_of(table: TokenTable, other: TokenTable, numbers: Sequence[int]) -> NDArray[np.int64]:
+def _with_text_of(table: TextTable, other: TextTable, numbers: Sequence[int]) -> NDArray[np.int64]:
     """The numbers of the texts in one table that are among some of another."""
     texts = {other.text(number) for number in numbers}
     found = [number for number in range(len(table)) if table.text(number) in texts] if texts else []
@@ -296,7 +296,7 @@ def _of_wordless(found: TrainingSet) -> tuple[str, ...]:
     )
 
 
-def _ids(table: TokenTable, number: int) -> list[int]:
+def _ids(table: TextTable, number: int) -> list[int]:
     ids: list[int] = table[number].tolist()
     return ids
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from embeddings.reconstruction.image_export import reads_images, write_image_model
 from embeddings.training import backbone, decoder
 from embeddings.training.config import ModelSettings
 from embeddings.training.data_settings import SIDES
@@ -95,13 +94,6 @@ def write_embedding_model(
         CuveeError: its architecture cannot look to both sides, or its tokenizer cannot append EOS.
     """
     longest, where = max(max_length[side] for side in SIDES), settings.where or "model"
-    if reads_images(language_model):
-        with staged(out, force=force) as staging:
-            write_image_model(
-                language_model, staging, bidirectional=bidirectional, longest=longest, where=where, name=out.name
-            )
-            lineage.write(staging, content)
-        return
     plain = replace(
         settings,
         path=str(language_model),
@@ -119,8 +111,9 @@ def write_embedding_model(
     opened.transformer.max_seq_length = longest if own is None else min(own, longest)
     with staged(out, force=force) as staging:
         opened.save(staging)
-        card = _CARD.format(attention=_BOTH_SIDES if bidirectional else _CAUSAL, name=out.name)
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        if opened.images is None:  # else it has one already
+            card = _CARD.format(attention=_BOTH_SIDES if bidirectional else _CAUSAL, name=out.name)
+            (staging / "README.md").write_text(card, encoding="utf-8")
         lineage.write(staging, content)
 
 

@@ -1,121 +1,63 @@
-"""Images and their texts: data sets of a pre-training that reads both, as an entry of `images:` names them.
-
-    images:
-      - file: emoji.jsonl          # JSONL, CSV, TSV or Parquet; `image` is a path from the file's folder, and stays in it
-        columns: {image: file_name, text: caption, query: question}
-        skip_broken: true          # leave out what is no image, and say how many; else it is a mistake
-        limit: 10000               # weight, batch_size, name: as of a data set of texts
-      - {hub: owner/name, subset: default, split: train}    # its images are kept as files in the run's data/
-
-A row is an image, a `text` that is told again from it, and, where there is one, a `query` that stands behind the image.
-"""
+"""Images and their texts as a pre-training reads them: an image whose text is told again from it."""
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
+from embeddings.images.reader import no_images
+from embeddings.images.rows import ImageSet, read_images
+from embeddings.images.settings import ImageSettings
 from embeddings.reconstruction.objective import Example
 from embeddings.reconstruction.reader import Reader
-from embeddings.training import hub_data
-from embeddings.training.data_settings import DataSettings, data_list
-from embeddings.training.hub_data import HubRevisions
-from embeddings.training.source_digests import FileDigests
-from merging.errors import CuveeError
-from merging.fields import flag, given, mapping, text
-from merging.node import Node
-from merging.output import staged
+from embeddings.training.data_settings import DataSettings
 from merging.progress import Work
-from merging.setting import refuse_unknown_keys
-from merging.statistics.images import opened
-from merging.tables import raw_rows
-
-COLUMNS = ("image", "text", "query")
-_KEYS = ("file", "hub", "subset", "split", "revision", "name", "weight", "limit", "batch_size")
-_OWN = ("columns", "skip_broken")
-_SPELLINGS: Mapping[str, tuple[str, ...]] = {
-    "image": ("image", "image_path", "img", "file_name"),
-    "text": ("text", "caption", "positive", "label"),
-    "query": ("query", "question", "anchor"),
-}
-_MARKER = "images.json"
-_FORM = 2  # of what is kept: raise it when the same source would give other rows
 
 
-@dataclass(frozen=True)
-class ImageSettings:
-    """One data set of images and texts.
-
-    Attributes:
-        data: where it comes from, and its name, weight, limit and batch size.
-        columns: what the source calls a column, by our name.
-    """
-
-    data: DataSettings
-    columns: Mapping[str, str] = field(default_factory=dict)
-    skip_broken: bool = False
-
-
-def image_settings(root: Node, near: Path) -> tuple[ImageSettings, ...]:
-    """What `images:` lists; () where it is absent.
-
-    Raises:
-        CuveeError: at the line of the first mistake.
-    """
-    images = given(root, "images")
-    if images is None:
-        return ()
-    entries = images.value if isinstance(images.value, list) else [images]
-    return tuple(_entry(entry, near) for entry in entries)
-
-
-def _entry(node: Node, near: Path) -> ImageSettings:
-    if not isinstance(node.value, dict):
-        mend = "write '- file: images.jsonl', or '- hub: NAME'"
-        raise CuveeError(f"a data set of images must be a mapping, not {node}", where=node.where, mend=mend)
-    refuse_unknown_keys(node, (*_KEYS, *_OWN), "a data set of images")
-    plain = Node({key: item for key, item in node.value.items() if key in _KEYS}, node.where)
-    (data,) = data_list(Node([plain], node.where), near)
-    columns = mapping(node, "columns", "{text: caption}")
-    if columns is not None:
-        refuse_unknown_keys(columns, COLUMNS, "the columns of images")
-    renamed = {} if columns is None else {name: text(columns, name, None) for name in columns.value}
-    named = {name: column for name, column in renamed.items() if column is not None}
-    return ImageSettings(data, named, flag(node, "skip_broken", False))
+def _none() -> NDArray[np.int64]:
+    return np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
 class ImageRows:
-    """A data set that is ready to train on; `data.Material`.
+    """A data set of images as a stage reads it: `data.Material`.
 
     Attributes:
-        digest: of images and texts in their order.
-        rows: of each the image, its text and its query, which may be empty.
+        found: what was read.
         units, held: numbers of rows.
-        notes: on what was left out.
+        warm_up: image and text are one sequence; else the text is the target.
     """
 
-    settings: DataSettings
-    digest: str
-    rows: Sequence[tuple[Path, str, str]]
+    found: ImageSet
     reader: Reader
-    units: NDArray[np.int64]
-    held: NDArray[np.int64]
+    units: NDArray[np.int64] = field(default_factory=_none)
+    held: NDArray[np.int64] = field(default_factory=_none)
     warm_up: bool = False
-    notes: tuple[str, ...] = ()
     type: str = "ImageText"
 
     @property
     def name(self) -> str:
-        return self.settings.name
+        return self.found.name
+
+    @property
+    def settings(self) -> DataSettings:
+        return self.found.settings
+
+    @property
+    def digest(self) -> str:
+        return self.found.digest
+
+    @property
+    def rows(self) -> Sequence[tuple[Path, str, str]]:
+        return self.found.rows
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.found.notes
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -143,214 +85,31 @@ class ImageRows:
         return self.reader.ids([words])[0] if words else []
 
 
-def read_images(
+def read_image_rows(
     settings: Sequence[ImageSettings], reader: Reader, cache: Path, seed: int, progress: Work, *, fresh: bool = False
 ) -> list[ImageRows]:
-    """The data sets of images, each image opened once, from the cache or from their sources.
+    """The data sets of images, without the rows whose text has no token, or which have an image's own marks for a word.
 
     Args:
-        cache: a folder; read anew where an image that was read has changed.
-        fresh: read what the hub has now.
+        cache, fresh: see `read_images`.
 
     Raises:
-        CuveeError: at file and row, for one that is wrong; Pillow is not installed; the model reads no images.
+        CuveeError: as `read_images`; no row is left; the model reads no images.
     """
     if settings and reader.processor is None:
-        mend = "take a vision–language model of Qwen2-VL's shape with its preprocessor_config.json"
-        raise CuveeError("the model reads texts alone", where=settings[0].data.where, mend=mend)
-    files, revisions = FileDigests(cache / "files.json"), HubRevisions(cache / "hub.json", fresh=fresh)
-    found = []
-    for entry in settings:
-        data, notes = revisions.pinned(entry.data)
-        entry = replace(entry, data=data)
-        folder = cache / _key(entry, files, seed)
-        files.save()
-        told = _known(folder)
-        if told is None:
-            with staged(folder, force=True, marker=_MARKER) as staging:
-                _write(entry, staging, folder, seed, progress)
-            told = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-        rows = [(Path(image), caption, query) for image, caption, query in told["rows"]]
-        none = np.zeros(0, np.int64)
-        whole = ImageRows(data, told["digest"], rows, reader, none, none, notes=(*told["notes"], *notes))
-        found.append(_with_words(whole))
-    return found
+        raise no_images(settings[0].data.where)
+    return [
+        ImageRows(_with_words(found, reader), reader)
+        for found in read_images(settings, cache, seed, progress, fresh=fresh)
+    ]
 
 
-def _known(folder: Path) -> dict[str, Any] | None:
-    """What was read before; None where there is nothing, or an image of it is not what it was."""
-    if not (folder / _MARKER).is_file():
-        return None
-    told: dict[str, Any] = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-    return told if all(_stamp(Path(file)) == stamp for file, stamp in told["stamps"].items()) else None
-
-
-def _stamp(file: Path) -> list[int]:
-    """By which a change of the file is seen; of one that is not there too."""
-    try:
-        stat = file.stat()
-    except (OSError, ValueError):
-        return []
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def _with_words(found: ImageRows) -> ImageRows:
-    """Without the rows whose text has no token, or which have an image's own marks for a word.
-
-    Raises:
-        CuveeError: there are no others.
-    """
-    reader, marks = found.reader, found.reader.processor.marks
+def _with_words(found: ImageSet, reader: Reader) -> ImageSet:
+    marks = reader.processor.marks
     targets = reader.ids([caption for _, caption, _ in found.rows], "target")
     sources = reader.ids([query for _, _, query in found.rows])
-    kept = [
+    keep = [
         bool(target) and marks.isdisjoint(target) and marks.isdisjoint(source)
         for target, source in zip(targets, sources, strict=True)
     ]
-    if all(kept):
-        return found
-    if not any(kept):
-        raise CuveeError(f"no text of the data set '{found.name}' has a token", where=found.settings.where)
-    first = found.rows[kept.index(False)][0].name
-    what = f"{kept.count(False)} of {len(kept)} texts have no token, or an image's mark for a word"
-    note = f"{found.name}: {what}, and are left out, first that of {first}"
-    rows = [row for row, keep in zip(found.rows, kept, strict=True) if keep]
-    return replace(found, rows=rows, notes=(*found.notes, note))
-
-
-def _key(entry: ImageSettings, files: FileDigests, seed: int) -> str:
-    data = entry.data
-    source = (
-        [data.hub, data.subset, data.split, data.revision]
-        if data.hub is not None
-        else [[file, files.of(Path(file), data.where)] for file in data.files]
-    )
-    drawn = None if data.limit is None else [data.limit, seed]
-    content = ["images", _FORM, source, dict(entry.columns), entry.skip_broken, drawn]
-    return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
-
-
-def _write(entry: ImageSettings, staging: Path, folder: Path, seed: int, progress: Work) -> None:
-    """Reads a source to the end, a row at a time; what comes from a hub is kept as files."""
-    name = entry.data.name
-    digest, rows, broken, stamps = xxhash.xxh3_128(), [], [], {}
-    count = 0
-    for number, (where, near, raw) in enumerate(_drawn(entry.data, seed)):
-        count += 1
-        progress(f"read {name}", number, 0)
-        caption, query = _text(entry, raw, "text", where), _text(entry, raw, "query", where)
-        image = _value(entry, raw, "image", where)
-        if near and isinstance(image, str):
-            stamps[str(near / image)] = _stamp(near / image)
-        try:
-            file, content = _image(image, near, where) if near else (Path(), _bytes_of_hub(image, entry.data, where))
-            if content is not None:  # of a hub: under a name of our own
-                (staging / f"{number}.image").write_bytes(content)
-                opened(staging / f"{number}.image")
-                file = folder / f"{number}.image"
-            else:
-                opened(file)
-                content = file.read_bytes()
-        except CuveeError as error:
-            if not entry.skip_broken or "Pillow" in error.what:
-                mend = error.mend or "mend or remove the row, or say 'skip_broken: true'"
-                raise CuveeError(error.what, where=where, mend=mend) from None
-            broken.append(f"{where}: {error.what}")
-            continue
-        digest.update(xxhash.xxh3_128_digest(content) + json.dumps([caption, query]).encode())
-        rows.append([str(file), caption, query])
-    progress(f"read {name}", count, count)
-    if not rows:
-        raise CuveeError(f"the data set '{name}' holds no image that can be read", where=entry.data.where)
-    left_out = f"{name}: {len(broken)} of {count} images cannot be read and are left out, first "
-    notes = [left_out + broken[0]] if broken else []
-    told = {"digest": f"xxh3:{digest.hexdigest()}", "rows": rows, "notes": notes, "stamps": stamps}
-    (staging / _MARKER).write_text(json.dumps(told), encoding="utf-8")
-
-
-def _drawn(data: DataSettings, seed: int) -> Iterator[tuple[str, Path | None, Mapping[str, Any]]]:
-    """The rows that are read: all, or as many as the limit allows."""
-    count = sum(1 for _ in _raw(data)) if data.limit is not None else 0
-    if data.limit is None or count <= data.limit:
-        return _raw(data)
-    keep = np.zeros(count, bool)
-    keep[np.random.default_rng(seed).permutation(count)[: data.limit]] = True
-    return (row for row, kept in zip(_raw(data), keep, strict=True) if kept)
-
-
-def _raw(data: DataSettings) -> Iterator[tuple[str, Path | None, Mapping[str, Any]]]:
-    """Each row with its place and the folder that its image is in."""
-    if data.hub is not None:
-        for where, raw in hub_data.rows(data, decoded=False):
-            yield where, None, raw
-        return
-    for name in data.files:
-        for line, raw in raw_rows(Path(name)):
-            yield f"{name}:{line}", Path(name).parent, raw
-
-
-def _image(value: Any, near: Path, where: str) -> tuple[Path, bytes | None]:
-    """The file of a table's image, or the bytes that the table holds.
-
-    Raises:
-        CuveeError: it is neither, missing, or outside its folder.
-    """
-    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
-        return Path(), value["bytes"]
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise CuveeError(f"'image' must be a path, not {value!r:.60}", where=where)
-    file, root = (near / value).resolve(), near.resolve()
-    if not file.is_relative_to(root):
-        raise CuveeError(f"the image '{value:.80}' is not in the folder of its table", where=where)
-    if not file.is_file():
-        raise CuveeError(f"there is no image '{value:.80}'", where=where)
-    return file, None
-
-
-def _bytes_of_hub(value: Any, data: DataSettings, where: str) -> bytes:
-    """An image of a data set of `datasets`, which holds it or names a file of its own.
-
-    Raises:
-        CuveeError: it is no image, or a file that is neither the data set's nor in the cache of `datasets`.
-    """
-    if hasattr(value, "save"):  # Pillow's own
-        content = io.BytesIO()
-        value.save(content, format="PNG")
-        return content.getvalue()
-    known = value if isinstance(value, Mapping) else {}
-    if isinstance(known.get("bytes"), bytes):
-        return bytes(known["bytes"])
-    path = known.get("path")
-    if not isinstance(path, str) or not Path(path).is_file():
-        raise CuveeError(f"'image' must be an image, not {value!r:.60}", where=where)
-    from datasets import config
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    roots = (str(data.hub), config.HF_DATASETS_CACHE, HF_HUB_CACHE)
-    if not any(Path(path).resolve().is_relative_to(Path(root).resolve()) for root in roots):
-        raise CuveeError(f"the image '{path:.80}' is not in the folder of its data set", where=where)
-    return Path(path).read_bytes()
-
-
-def _value(entry: ImageSettings, raw: Mapping[str, Any], name: str, where: str) -> Any:
-    """A column by its own name or a usual spelling of it; None for a query that is not there."""
-    spellings = (entry.columns[name],) if name in entry.columns else _SPELLINGS[name]
-    key = next((each for each in spellings if raw.get(each) is not None), None)
-    if key is not None:
-        return raw[key]
-    if name == "query":
-        return None
-    has = ", ".join(f"'{each}'" for each in raw)
-    mend = f"it has {has}: name one by 'columns: {{{name}: …}}'"
-    raise CuveeError(f"has no '{spellings[0]}'", where=where, mend=mend)
-
-
-def _text(entry: ImageSettings, raw: Mapping[str, Any], name: str, where: str) -> str:
-    value = _value(entry, raw, name, where)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise CuveeError(f"'{name}' must be text, not {value!r:.60}", where=where)
-    if not value.strip():
-        raise CuveeError(f"'{name}' is empty", where=where, mend="remove the row")
-    return value
+    return found.kept(keep, "no token, or an image's mark for a word")

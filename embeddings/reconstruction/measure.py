@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from embeddings.images.reader import Picture
 from embeddings.reconstruction.batch import EOS, NO_LABEL, SOURCE, TARGET, Batch, Row
 from embeddings.reconstruction.cocoa import Bridge, WarmUp, image_ids, stacked, through_embedding
 from embeddings.reconstruction.data import Material, Sides
-from embeddings.reconstruction.images import Picture, pictures_of
+from embeddings.reconstruction.images import pictures_of
 from embeddings.reconstruction.metrics import Reconstruction, alignment, effective_rank, uniformity
 from embeddings.reconstruction.objective import Example, Objective
 from embeddings.reconstruction.reader import Reader

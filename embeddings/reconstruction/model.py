@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from embeddings.images.reader import ImageReader, image_reader
 from embeddings.reconstruction import masks
 from embeddings.reconstruction.batch import EOS, SOURCE, Batch
-from embeddings.reconstruction.images import ImageReader, image_reader
 from embeddings.reconstruction.patches import head_of
 from embeddings.reconstruction.reader import Reader
 from embeddings.training import lora

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from embeddings.images.reader import ImageReader
 from embeddings.reconstruction.batch import Batch
-from embeddings.reconstruction.images import ImageBatch, ImageReader
+from embeddings.reconstruction.images import ImageBatch
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ def with_masked_patches(batch: Batch, reader: ImageReader, share: float, draw: n
     """The batch with a part of each image painted over.
 
     Args:
-        batch: on the CPU, as `reader.attached` gave it; without images it stays as it is.
+        batch: on the CPU, as `images.attached` gave it; without images it stays as it is.
         share: of an image's tokens, in [0, 1]; at least one where it is not 0.
     """
     import torch

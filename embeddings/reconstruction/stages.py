@@ -16,7 +16,7 @@ from embeddings.reconstruction.cocoa import Bridge, WarmUp
 from embeddings.reconstruction.config import PretrainingConfig, StageSettings
 from embeddings.reconstruction.data import HeldOut, Material, Pairs, Sides, Texts, hold_out, read_sets
 from embeddings.reconstruction.export import check_export
-from embeddings.reconstruction.image_rows import ImageRows, read_images
+from embeddings.reconstruction.image_rows import ImageRows, read_image_rows
 from embeddings.reconstruction.llm_ql import QueryLikelihood
 from embeddings.reconstruction.measure import Measure
 from embeddings.reconstruction.objective import Objective
@@ -179,7 +179,7 @@ def read_data(
     config: PretrainingConfig, reader: Reader, cache: Path, progress: Work, note: Note, *, fresh: bool = False
 ) -> Data:
     sets = read_sets(config, reader, cache, progress, fresh=fresh)
-    images = read_images(config.images, reader, cache, config.seed, progress, fresh=fresh) if config.images else []
+    images = read_image_rows(config.images, reader, cache, config.seed, progress, fresh=fresh) if config.images else []
     found = Data(sets, images, hold_out(config, sets, images), reader)
     for line in (line for each in found.all for line in each.notes):
         note(line)

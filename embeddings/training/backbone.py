@@ -1,7 +1,8 @@
 """Backbone: an embedding model that learns. Texts become token ids once, ids become batches, batches become vectors.
 
-What it is made from may be a sentence-transformers folder, a plain encoder or a decoder; what it saves is always a folder
-that plain `SentenceTransformer(path)` loads and that gives the same vectors there. The weights are float32 whatever the
+What it is made from may be a sentence-transformers folder, a plain encoder or a decoder, of images too if it is of
+Qwen2-VL's shape; what it saves is always a folder that plain `SentenceTransformer(path)` loads and that gives the same
+vectors there. The weights are float32 whatever the
 dtype: with bfloat16 only the transformer's arithmetic is lower (autocast), pooling and what follows it stay in float32.
 """
 
@@ -17,6 +18,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from embeddings.images.folder import add_images, as_texts, reader_of, refuse_other_template
+from embeddings.images.reader import ImageReader, positions
+from embeddings.images.text import ImageText
 from embeddings.training import decoder, lora, packing
 from embeddings.training.checkpointing import Learner
 from embeddings.training.data_settings import SIDES
@@ -36,6 +40,9 @@ if TYPE_CHECKING:
     import torch
 
     from embeddings.training.config import ModelSettings
+
+#: Token ids of a text, with an image before it or without.
+Text = NDArray[np.int32] | ImageText
 
 
 def open_backbone(
@@ -65,31 +72,42 @@ def open_backbone(
         plain = not (checkpoint.path / "modules.json").is_file()
         if not plain:
             refuse_other_kinds(checkpoint, trust_remote_code=settings.trust_remote_code)
+            refuse_other_template(checkpoint.path, str(ref))
         elif not checkpoint.config:
             raise CuveeError("is no model: it has no config.json", where=str(ref))
-        with adapter_merged(ref, checkpoint.path) as folder:
+        with adapter_merged(ref, checkpoint.path) as folder, as_texts(folder) as view:
             transformer = load_transformer(
-                folder, str(ref), dtype="float32", device=device, truncate_dim=None, trusted=settings.trust_remote_code
+                view, str(ref), dtype="float32", device=device, truncate_dim=None, trusted=settings.trust_remote_code
             )
+            images = reader_of(folder, transformer.tokenizer, str(ref))
     _refuse_no_texts(transformer, str(ref))
     _arrange(transformer, settings, plain, where)
     _choose_trainable(transformer, settings, where, seed)
-    return Backbone(transformer, max_length=max_length, dtype=settings.dtype, base=str(ref))
+    return Backbone(transformer, images, max_length=max_length, dtype=settings.dtype, base=str(ref))
 
 
 class Backbone(Learner):
     """A SentenceTransformer with what training needs of it.
 
     Attributes:
-        transformer: the SentenceTransformer; its mode (training or evaluation) decides about dropout.
+        transformer: the SentenceTransformer, which reads texts alone; its mode (training or evaluation) decides about dropout.
+        images: reads the images that may stand before a text; None for a model of texts.
         dimension: of the vectors.
         max_length: tokens of a text at most, by side.
         dtype: "float32", or "bfloat16" for the transformer's arithmetic.
         base: what it was made from, as the user wrote it.
     """
 
-    def __init__(self, transformer: Any, *, max_length: Mapping[str, int], dtype: str, base: str) -> None:
-        self.transformer, self.dtype, self.base = transformer, dtype, base
+    def __init__(
+        self,
+        transformer: Any,
+        images: ImageReader | None = None,
+        *,
+        max_length: Mapping[str, int],
+        dtype: str,
+        base: str,
+    ) -> None:
+        self.transformer, self.images, self.dtype, self.base = transformer, images, dtype, base
         self.max_length = {side: _limit(transformer, max_length[side]) for side in SIDES}
         tokenizer = transformer.tokenizer
         self._pad_left = tokenizer.padding_side == "left"
@@ -153,28 +171,42 @@ class Backbone(Learner):
             rows = [[-1 - token for token in row[:length]] + row[length:] for row in rows]
         return rows
 
-    def pad(self, tokens: Sequence[NDArray[np.int32]]) -> dict[str, torch.Tensor]:
+    def pad(self, tokens: Sequence[Text]) -> dict[str, torch.Tensor]:
         """Features of a batch on the model's device, each (texts, longest text); padded on the side the model wants.
+
+        Of a model that reads images, with positions of three axes, and the images of those texts that have one.
 
         Args:
             tokens: ids of each text, as `tokenize` gave them.
+
+        Raises:
+            CuveeError: an image cannot be read.
         """
         import torch
 
-        lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))  # (texts,)
+        rows = [own.ids if isinstance(own, ImageText) else own for own in tokens]
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))  # (texts,)
         width = max(1, int(lengths.max(initial=0)))
         places = np.arange(width)
         mask = (places >= width - lengths[:, None]) if self._pad_left else (places < lengths[:, None])
         ids = np.full(mask.shape, self._pad_id, np.int64)
         if lengths.any():
-            ids[mask] = np.concatenate(tokens)
-        features = {"attention_mask": mask.astype(np.int64)}
+            ids[mask] = np.concatenate(rows)
+        features: dict[str, NDArray[Any]] = {"attention_mask": mask.astype(np.int64)}
         if self._masks_prompt:
             features["pooling_mask"] = (mask & (ids >= 0)).astype(np.int64)
             ids = np.where(ids < 0, -1 - ids, ids)
         features["input_ids"] = ids
         if self._types:
             features["token_type_ids"] = np.zeros_like(ids)
+        if self.images is not None:
+            pictures = [self.images.read(own.image) for own in tokens if isinstance(own, ImageText)]
+            grids = np.asarray([picture.grid for picture in pictures], np.int64).reshape(-1, 3)
+            where = {"image_id": self.images.image_id, "merge": self.images.merge}
+            features["position_ids"] = positions(ids, mask, grids, **where)
+            if pictures:
+                pixels = np.concatenate([picture.pixels for picture in pictures])
+                features |= {"pixel_values": pixels, "image_grid_thw": grids}
         device = self.device
         return {key: torch.from_numpy(value).to(device, non_blocking=True) for key, value in features.items()}
 
@@ -185,14 +217,19 @@ class Backbone(Learner):
             state = self.transformer[0](read)
         return self._pooled({**features, **state})
 
-    def vectors(self, tokens: Sequence[NDArray[np.int32]]) -> torch.Tensor:
-        """(texts, dimension) float32, as `embed` gives them of `pad`, without the cost of padding where the model can."""
+    def vectors(self, tokens: Sequence[Text]) -> torch.Tensor:
+        """(texts, dimension) float32, as `embed` gives them of `pad`, without the cost of padding where the model can.
+
+        Raises:
+            CuveeError: an image cannot be read.
+        """
         features = self.pad(tokens)
         if self._packing is None or len(tokens) == 1:
             return self.embed(features)
         import torch
 
-        ids = [np.where(own < 0, -1 - own, own) for own in tokens] if self._masks_prompt else tokens
+        texts = [own for own in tokens if not isinstance(own, ImageText)]  # all: who reads images does not pack
+        ids = [np.where(own < 0, -1 - own, own) for own in texts] if self._masks_prompt else texts
         with self._autocast():
             hidden, places = packing.forward(self.transformer[0].model, self._packing, ids, types=self._types)
         mask = features["attention_mask"].bool()  # (texts, longest)
@@ -220,7 +257,7 @@ class Backbone(Learner):
 
     def _find_packing(self) -> packing.Packing | None:
         first = self.transformer[0]
-        if first.module_output_name != "token_embeddings":
+        if first.module_output_name != "token_embeddings" or self.images is not None:
             return None
         return packing.find(first.model, causal=not decoder.looks_ahead(first), types=self._types)
 
@@ -240,6 +277,8 @@ class Backbone(Learner):
                 lora.save_adapter(model, folder / "adapter", base=self.base)
         with lora.merged_in(model), only_our_words():
             self.transformer.save(str(folder), create_model_card=False)
+        if self.images is not None:
+            add_images(folder, self.images, max(self.max_length.values()))
 
     def _dimension(self) -> int:
         import torch

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embeddings.training import losses
+from embeddings.training.backbone import Text
 from embeddings.training.config import TrainingConfig
 from embeddings.training.data import GRADED, TrainingSet
 from embeddings.training.loss_registry import Loss, Needs, Targets
@@ -70,11 +71,11 @@ class Batch:
     """A step's texts and what is known about them.
 
     Attributes:
-        tokens: ids of each text.
+        tokens: ids of each text, with an image before it or without.
         parts: one a data set.
     """
 
-    tokens: Sequence[NDArray[np.int32]]
+    tokens: Sequence[Text]
     parts: tuple[BatchPart, ...]
 
     @property
@@ -110,7 +111,7 @@ def _objective(config: TrainingConfig, of: TrainingSet) -> Objective:
 
 def build_batch(step: Step, sets: Sequence[TrainingSet], objectives: Sequence[Objective]) -> Batch:
     """The texts and targets of a schedule's step."""
-    texts: list[NDArray[np.int32]] = []
+    texts: list[Text] = []
     parts = []
     for part in step:
         of, objective = sets[part.dataset], objectives[part.dataset]
@@ -123,7 +124,7 @@ def _part(
     dataset: int,
     of: TrainingSet,
     rows: NDArray[np.int64],
-    texts: list[NDArray[np.int32]],
+    texts: list[Text],
     *,
     graded: bool,
     in_batch: bool,
@@ -186,7 +187,7 @@ def _maybe_answers(
     return found
 
 
-def _add(texts: list[NDArray[np.int32]], table: Any, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+def _add(texts: list[Text], table: Any, ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """Appends the distinct texts; the place of each id, (ids,)."""
     distinct, inverse = np.unique(ids, return_inverse=True)
     first = len(texts)

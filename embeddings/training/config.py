@@ -4,6 +4,7 @@
     data:                              # see embeddings/training/data_settings.py
       - suite: shipped
       - file: pairs.jsonl.gz
+    images: [{file: emoji.jsonl}]      # see embeddings/images/settings.py; besides `data`, or alone
     schedule: batch_level              # which batch comes next
     loss: {temperature: 0.02, matryoshka: [384, 128]}   # defaults for all data sets
     batch_size: 128
@@ -28,6 +29,7 @@ from typing import Any
 
 from embeddings.evaluation import suite
 from embeddings.evaluation.suite_settings import suite_folder, suite_tasks
+from embeddings.images.settings import ImageSettings, image_settings
 from embeddings.training.config_check import check_data_loss, refuse_unknown_names
 from embeddings.training.data_settings import (
     SIDES,
@@ -36,6 +38,7 @@ from embeddings.training.data_settings import (
     data_file,
     data_list,
     loss_settings,
+    refuse_twins,
 )
 from embeddings.training.mining_settings import MiningSettings
 from embeddings.training.model_settings import LoraSettings, ModelSettings, model_settings
@@ -61,6 +64,7 @@ __all__ = [
     "COMPLEMENT",
     "DataSettings",
     "EvaluationSettings",
+    "ImageSettings",
     "LoraSettings",
     "LossSettings",
     "MergeSettings",
@@ -68,6 +72,7 @@ __all__ = [
     "ModelSettings",
     "SearchSettings",
     "TrainingConfig",
+    "data_file_settings",
     "data_settings",
     "load",
     "model_settings",
@@ -108,7 +113,7 @@ class TrainingConfig:
     """A training run.
 
     Attributes:
-        data: at least one; names differ.
+        data, images: at least one of both; names differ.
         schedule: a name of `embeddings.training.schedule`.
         loss: defaults for all data sets.
         batch_size: rows.
@@ -128,6 +133,7 @@ class TrainingConfig:
 
     model: ModelSettings
     data: tuple[DataSettings, ...]
+    images: tuple[ImageSettings, ...] = ()
     schedule: str = "batch_level"
     loss: LossSettings = field(default_factory=LossSettings)
     batch_size: int = 128
@@ -165,10 +171,12 @@ class TrainingConfig:
             del found["search"]
         else:
             del found["search"]["lines"]
-        for data in found["data"]:
+        for data in (*found["data"], *(each["data"] for each in found["images"])):
             del data["column_lines"]
             if data["scale"] is None:
                 del data["scale"]
+        if not found["images"]:
+            del found["images"]
         return {key: value for key, value in found.items() if key not in ("text", "lines")}
 
 
@@ -209,11 +217,13 @@ def of_node(root: Node, yaml: str, where: str) -> TrainingConfig:
         known = [each.name for each in fields(TrainingConfig) if each.name not in ("search", "where", "text", "lines")]
         refuse_unknown_keys(root, ["weights", *known], "a configuration")
         near = Path(where).parent
-        model, data, evaluate = model_settings(root, near), data_sets(root, near), _evaluation(root, near)
+        model, evaluate = model_settings(root, near), _evaluation(root, near)
+        data, images = data_and_images(root, near)
         merge_weights, search = weights(root, near, lambda: _validation(evaluate, data))
         config = TrainingConfig(
             model=model,
             data=data,
+            images=images,
             schedule=text(root, "schedule", TrainingConfig.schedule),
             loss=loss_settings(given(root, "loss")) or LossSettings(),
             batch_size=number(root, "batch_size", TrainingConfig.batch_size, low=1, whole=True),
@@ -241,7 +251,12 @@ def of_node(root: Node, yaml: str, where: str) -> TrainingConfig:
 
 
 def data_settings(path: str | os.PathLike[str]) -> tuple[DataSettings, ...]:
-    """What `--data` names: a YAML with a `data:` list (or that list alone), or a bare table of pairs.
+    """The data sets of texts that `data_file_settings` reads."""
+    return data_file_settings(path)[0]
+
+
+def data_file_settings(path: str | os.PathLike[str]) -> tuple[tuple[DataSettings, ...], tuple[ImageSettings, ...]]:
+    """What `--data` names: a YAML with `data:` and `images:` (or the list of `data:` alone), or a bare table of pairs.
 
     Raises:
         CuveeError: not readable, or it says something impossible.
@@ -250,17 +265,27 @@ def data_settings(path: str | os.PathLike[str]) -> tuple[DataSettings, ...]:
     if file.suffix.lower() not in (".yml", ".yaml"):
         if not file.is_file():
             raise CuveeError("no such file", where=str(file), mend="give a table, or a YAML with a 'data:' list")
-        return (data_file(file),)
+        return (data_file(file),), ()
     with told_as(_NOUN):
         root = node.read(read_file(file), str(file))
         if isinstance(root.value, list):
             root = Node({"data": root}, root.where)
         if not isinstance(root.value, dict):
             raise CuveeError("is no mapping", where=root.where, mend="write 'data:' and a list of data sets")
-        found = data_sets(root, file.parent)
-    for data in found:
-        check_data_loss(data, {})
-    return found
+        data, images = data_and_images(root, file.parent)
+    for each in (*data, *(own.data for own in images)):
+        check_data_loss(each, {})
+    return data, images
+
+
+def data_and_images(root: Node, near: Path) -> tuple[tuple[DataSettings, ...], tuple[ImageSettings, ...]]:
+    """What `data:` and `images:` list; CuveeError where both are absent, or two data sets have one name."""
+    images = image_settings(root, near)
+    if given(root, "data") is None and images:
+        return (), images
+    data = data_sets(root, near)
+    refuse_twins([*data, *(each.data for each in images)])
+    return data, images
 
 
 def data_sets(root: Node, near: Path) -> tuple[DataSettings, ...]:

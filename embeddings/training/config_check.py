@@ -21,7 +21,7 @@ def refuse_unknown_names(config: TrainingConfig) -> None:
     _check_merge(config.merge)
     _check_search(config)
     _check_loss(config.loss, {})
-    for data in config.data:
+    for data in (*config.data, *(each.data for each in config.images)):
         check_data_loss(data, config.loss.parameters)
 
 

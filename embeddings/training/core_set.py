@@ -8,6 +8,7 @@ from pathlib import Path
 from embeddings.training.config import TrainingConfig
 from embeddings.training.data import TrainingSet, write_rows
 from embeddings.training.draws import Rows, draw_core
+from embeddings.training.image_sets import ImageTable, write_image_rows
 from embeddings.training.train import ROWS, write_row_numbers
 
 DATA_FILE = "data.yml"
@@ -25,4 +26,6 @@ def write_core(sets: Sequence[TrainingSet], rows: Rows, folder: Path) -> None:
     (folder / DATA_FILE).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_row_numbers(folder / ROWS, rows)
-    write_rows(sets, rows, folder)
+    of_images = [isinstance(each.query_tokens, ImageTable) for each in sets]
+    images = write_image_rows([each for each, own in zip(sets, of_images, strict=True) if own], rows, folder)
+    write_rows([each for each, own in zip(sets, of_images, strict=True) if not own], rows, folder, images)

@@ -25,12 +25,12 @@ from embeddings.training.data_settings import GRADED, DataSettings
 from embeddings.training.hub_data import HubRevisions
 from embeddings.training.set_builder import MARKER, SetBuilder, Tokenize
 from embeddings.training.source_digests import FileDigests, cache_key
-from embeddings.training.token_table import Ragged, TokenTable, mapped
+from embeddings.training.token_table import Ragged, TextTable, TokenTable, mapped
 from merging.errors import CuveeError
 from merging.output import staged, write_whole
 from merging.progress import Work
 
-__all__ = ["GRADED", "Tokenize", "TrainingSet", "load_sets", "read_texts", "write_rows"]
+__all__ = ["GRADED", "Tokenize", "TrainingSet", "kept_settings", "load_sets", "read_texts", "write_rows", "write_table"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class TrainingSet:
     type: str
     settings: DataSettings
     digest: str
-    query_tokens: TokenTable
-    document_tokens: TokenTable
+    query_tokens: TextTable
+    document_tokens: TextTable
     queries: NDArray[np.int32]
     positives: Ragged
     negatives: Ragged
@@ -130,11 +130,17 @@ def read_texts(found: TrainingSet, row: int) -> dict[str, Any]:
     return content
 
 
-def write_rows(sets: Iterable[TrainingSet], rows: Mapping[str, Iterable[int]], folder: Path) -> Path:
+def write_rows(
+    sets: Iterable[TrainingSet],
+    rows: Mapping[str, Iterable[int]],
+    folder: Path,
+    images: Sequence[Mapping[str, Any]] = (),
+) -> Path:
     """Writes some rows of some sets, complete in themselves, and `data.yml`, which names them; gives its path.
 
     Args:
         rows: row numbers by the set's name.
+        images: entries of data.yml's `images:`.
     """
     import yaml
 
@@ -144,18 +150,24 @@ def write_rows(sets: Iterable[TrainingSet], rows: Mapping[str, Iterable[int]], f
         if found.name not in rows:
             continue
         file = folder / f"{found.name}.jsonl.gz"
-        with open(file, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:  # the same bytes each time
-            for row in rows[found.name]:
-                packed.write(json.dumps(read_texts(found, int(row)), ensure_ascii=False).encode() + b"\n")
-        entries.append({"file": file.name, **_kept_settings(found.settings)})
-    write_whole(folder / "data.yml", yaml.safe_dump({"data": entries}, sort_keys=False, allow_unicode=True))
+        write_table(file, (read_texts(found, int(row)) for row in rows[found.name]))
+        entries.append({"file": file.name, "type": found.settings.type, **kept_settings(found.settings)})
+    content = {key: own for key, own in {"data": entries, "images": list(images)}.items() if own}
+    write_whole(folder / "data.yml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     return folder / "data.yml"
 
 
-def _kept_settings(settings: DataSettings) -> dict[str, Any]:
+def write_table(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A .jsonl.gz; the same bytes for the same rows."""
+    with open(file, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
+        for row in rows:
+            packed.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def kept_settings(settings: DataSettings) -> dict[str, Any]:
     """What still holds of rows that were written: not where they came from, nor how they were chosen."""
     kept = {
-        **{"name": settings.name, "type": settings.type, "weight": settings.weight},
+        **{"name": settings.name, "weight": settings.weight},
         **{"prompt": dict(settings.prompt) if settings.prompt is not None else None},
         **{"batch_size": settings.batch_size, "negatives": settings.negatives},
     }

@@ -13,6 +13,7 @@ from embeddings.training.curves import drawing
 from embeddings.training.data import TrainingSet, load_sets
 from embeddings.training.disk import disk_errors
 from embeddings.training.draws import Member, draw_members
+from embeddings.training.image_sets import load_image_sets
 from embeddings.training.metrics import Sink, sinks
 from embeddings.training.options import Options
 from embeddings.training.run_folder import DATA, MEMBERS, MODEL, WORK
@@ -123,6 +124,9 @@ def read_sets(config: TrainingConfig, run: Path, options: Options, progress: Wor
         transformer=lambda: tokenizer.backbone.transformer,
         fresh=options.force,
     )
+    if config.images:
+        reader = tokenizer.backbone.images
+        sets += load_image_sets(config, tokenizer, reader, run / DATA, progress, fresh=options.force)
     for line in (line for each in sets for line in each.notes):
         note(line)
     return sets

@@ -121,6 +121,7 @@ def _settings_of(trained: Mapping[str, Any], where: str) -> TrainingConfig:
         plain |= {
             "model": training_config.ModelSettings(**model),
             "data": (),
+            "images": (),
             "loss": training_config.LossSettings(**plain["loss"]),
             "merge": training_config.MergeSettings(**plain["merge"]),
             "search": _search_of(plain.get("search"), where),

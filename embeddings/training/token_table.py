@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import xxhash
@@ -69,6 +69,25 @@ class Ragged:
     def load(cls, folder: Path, name: str) -> Ragged:
         """Memory-mapped."""
         return cls(mapped(folder / f"{name}.offsets.npy"), mapped(folder / f"{name}.values.npy"))
+
+
+class TextTable(Protocol):
+    """Distinct texts of a side, as a batch takes them.
+
+    Attributes:
+        lengths: (texts,) tokens of each.
+    """
+
+    @property
+    def lengths(self) -> NDArray[np.int32]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any:
+        """`backbone.Text`: what the model reads."""
+
+    def text(self, index: int) -> str:
+        """The text itself, without its prompt; equal for equal texts."""
 
 
 class TokenTable:

@@ -52,7 +52,7 @@ _PACKAGES = ("torch", "transformers", "sentence-transformers", "numpy")
 #: Settings that change no member's weights …
 AFTER_TRAINING = ("merge", "merge_weights", "search", "core", "save_every", "evaluate")
 #: … and those that a member's rows stand for.
-_OF_THE_RUN = (*AFTER_TRAINING, "bags", "data")
+_OF_THE_RUN = (*AFTER_TRAINING, "bags", "data", "images")
 
 
 @dataclass(frozen=True)

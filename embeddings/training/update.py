@@ -17,7 +17,7 @@ import numpy as np
 
 from embeddings.training import config as training_config
 from embeddings.training.bag import plan
-from embeddings.training.config import DataSettings, TrainingConfig
+from embeddings.training.config import DataSettings, ImageSettings, TrainingConfig
 from embeddings.training.core_set import DATA_FILE, write_core
 from embeddings.training.data import TrainingSet
 from embeddings.training.draws import Rows, draw_new_core
@@ -54,7 +54,7 @@ def update_model(
 
     Args:
         model: what `cuvee train` or `update` made, its run's folder or the model's own; or any other with `base`.
-        data: the new data: a table, or a YAML with a `data:` list.
+        data: the new data: a table, or a YAML with `data:` and `images:`.
         out: the run's folder.
         base, core, config: what training starts from, old data, settings; by default what the model's lineage says.
 
@@ -68,7 +68,7 @@ def update_model(
     out, options = Path(out).absolute(), options or Options()
     progress, note = progress or (lambda what, done, total: None), note or (lambda line: None)
     past = read_past(model, base, core, config)
-    settings = _settings(past, training_config.data_settings(data), seed)
+    settings = _settings(past, *training_config.data_file_settings(data), seed)
     refuse_device(options)
     if options.team.rank:
         return help_train(settings, out, options)
@@ -92,7 +92,8 @@ def update_model(
         sets = read_sets(settings, out, options, progress, note)
         job = _job(sets, settings, out, past)
         done = train_jobs(settings, sets, {_UPDATE: job}, out, options, progress)[_UPDATE]
-        old = _names_of(past.core)
+        texts, images = _core_of(past.core)
+        old = {each.name for each in (*texts, *(own.data for own in images))}
         new = [each for each in sets if each.name not in old]
         if past.percent and (options.force or not (out / CORE / DATA_FILE).is_file()):
             write_core(sets, _core_rows(settings, sets, new, past), out / CORE)
@@ -119,27 +120,34 @@ def _identity(model: str) -> str:
         return lineage.weights_digest(checkpoint)
 
 
-def _settings(past: Past, new: Sequence[DataSettings], seed: int | None) -> TrainingConfig:
+def _settings(
+    past: Past, new: Sequence[DataSettings], new_images: Sequence[ImageSettings], seed: int | None
+) -> TrainingConfig:
     """The model's own settings on new data and core set, in one model; names that clash get a number."""
-    old = training_config.data_settings(past.core) if past.core is not None else ()
-    taken = {each.name.lower() for each in old}  # files on some disks know no case
-    renamed = []
-    for each in new:
+    old, old_images = _core_of(past.core)
+    taken = {
+        each.name.lower() for each in (*old, *(own.data for own in old_images))
+    }  # files on some disks know no case
+
+    def renamed(each: DataSettings) -> DataSettings:
         name, number = each.name, 2
         while name.lower() in taken:
             name, number = f"{each.name}-{number}", number + 1
         taken.add(name.lower())
-        renamed.append(replace(each, name=name))
+        return replace(each, name=name)
+
+    data = (*old, *map(renamed, new))
+    images = (*old_images, *(replace(own, data=renamed(own.data)) for own in new_images))
     search = past.config.search
     if search is not None:  # of two models, by the method of updates
         search = replace(search, said={key: said for key, said in search.said.items() if key not in ("vary", "start")})
         search.check(_MERGE, {}, ("existing", "update"), (0.5, 0.5), None)
-    config = replace(past.config, data=(*old, *renamed), bags=(), evaluate=None, search=search, core=past.percent)
+    config = replace(past.config, data=data, images=images, bags=(), evaluate=None, search=search, core=past.percent)
     return config if seed is None else replace(config, seed=seed)
 
 
-def _names_of(core: Path | None) -> set[str]:
-    return {each.name for each in training_config.data_settings(core)} if core is not None else set()
+def _core_of(core: Path | None) -> tuple[tuple[DataSettings, ...], tuple[ImageSettings, ...]]:
+    return training_config.data_file_settings(core) if core is not None else ((), ())
 
 
 def _job(sets: Sequence[TrainingSet], config: TrainingConfig, out: Path, past: Past) -> Job:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,31 @@ def opened(file: Path) -> Any:
     Raises:
         CuveeError: Pillow is not installed, or it can make nothing of the file.
     """
+    with _readable(file) as image:
+        # Pillow warns of a palette with transparency unless that is taken in first; the colours are the same.
+        return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+
+
+def size_of(file: Path) -> tuple[int, int]:
+    """Width and height, from the file's head.
+
+    Raises:
+        CuveeError: as `opened`.
+    """
+    with _readable(file) as image:
+        width, height = image.size
+        return int(width), int(height)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[Any]:
     try:
         from PIL import Image
     except ImportError:
         raise CuveeError("images are read by Pillow, which is not installed", where=str(file), mend=_NEEDS) from None
     try:
         with Image.open(file) as image:
-            # Pillow warns of a palette with transparency unless that is taken in first; the colours are the same.
-            return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+            yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CuveeError(f"is no image that can be read: {str(error)[:120]}", where=str(file)) from None
 

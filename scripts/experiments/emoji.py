@@ -336,7 +336,7 @@ def vectors(model: Reconstructor, rows: Sequence[Emoji], of: str) -> Any:
     found = pictures_of(examples, reader)
     made = []
     for example, picture in zip(examples, found, strict=True):
-        before = [] if picture is None else reader.processor.ids(picture)
+        before = [] if picture is None else reader.processor.ids(reader.processor.tokens(picture))
         ids = np.array([*before, *example.source, reader.eos_id], np.int64)
         segments = np.full(len(ids), SOURCE, np.int64)
         segments[-1] = EOS

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embeddings.images.reader import image_reader
 from embeddings.reconstruction.config import load, parse
-from embeddings.reconstruction.image_rows import ImageRows, read_images
-from embeddings.reconstruction.images import image_reader
+from embeddings.reconstruction.image_rows import ImageRows, read_image_rows
 from embeddings.reconstruction.reader import Reader
 from embeddings.reconstruction.run import pretrain_run
 from merging.errors import CuveeError
@@ -57,7 +57,7 @@ def reader() -> Reader:
 def read(place: Path, more: str = "") -> ImageRows:
     (place / "base").mkdir(exist_ok=True)
     config = parse("model: base\n" + ENTRY % more, "cocoa", str(place / "config.yml"))
-    (found,) = read_images(config.images, reader(), place / "cache", 0, lambda what, done, total: None)
+    (found,) = read_image_rows(config.images, reader(), place / "cache", 0, lambda what, done, total: None)
     return found
 
 
@@ -160,7 +160,7 @@ def test_texts_without_a_token_or_with_an_images_mark_are_left_out_and_counted(t
     what = "images: 3 of 19 texts have no token, or an image's mark for a word, and are left out, first that of 1.png"
     assert len(found) == COUNT and found.notes == (what,)
     table(tmp_path / "images.jsonl", wrong)
-    with pytest.raises(CuveeError, match=r"config\.yml:3: no text of the data set 'images' has a token"):
+    with pytest.raises(CuveeError, match=r"config\.yml:3: all texts of the data set 'images' have no token, or"):
         read(tmp_path)
 
 
@@ -169,7 +169,7 @@ def test_a_model_of_texts_is_told_before_an_image_is_read(tmp_path: Path) -> Non
     write(tmp_path)
     config = parse("model: base\n" + ENTRY % "", "cocoa", str(tmp_path / "config.yml"))
     with pytest.raises(CuveeError, match=r"config\.yml:3: the model reads texts alone; take a vision–language model"):
-        read_images(config.images, replace(reader(), processor=None), tmp_path / "cache", 0, lambda *_: None)
+        read_image_rows(config.images, replace(reader(), processor=None), tmp_path / "cache", 0, lambda *_: None)
 
 
 def test_a_limit_draws_some_by_the_seed(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_data_set_of_the_hubs_form_keeps_its_images_as_files(tmp_path: Path) -
     datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "hub" / "train.parquet")
     (tmp_path / "base").mkdir()
     config = parse("model: base\nimages: [{hub: hub}]\n", "cocoa", str(tmp_path / "config.yml"))
-    (found,) = read_images(config.images, reader(), tmp_path / "cache", 0, lambda what, done, total: None)
+    (found,) = read_image_rows(config.images, reader(), tmp_path / "cache", 0, lambda what, done, total: None)
     assert len(found) == 3
     image, text, _ = found.rows[1]
     assert text == "number 1" and image.read_bytes() == rows[1]["image"] and image.is_relative_to(tmp_path / "cache")
@@ -207,7 +207,7 @@ def test_a_data_set_of_the_hubs_form_names_no_file_but_its_own(tmp_path: Path) -
     def found(file: Path) -> int:
         row = {"image": [{"bytes": None, "path": str(file)}], "text": ["a text"]}
         datasets.Dataset.from_dict(row, features=features).to_parquet(tmp_path / "hub" / "train.parquet")
-        (tables,) = read_images(config.images, reader(), tmp_path / file.name, 0, lambda what, done, total: None)
+        (tables,) = read_image_rows(config.images, reader(), tmp_path / file.name, 0, lambda what, done, total: None)
         return len(tables)
 
     assert found(inside) == 1

@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 
+from embeddings.images.reader import ImageReader, image_reader, positions
 from embeddings.reconstruction.batch import EOS, SOURCE, Row, stack
-from embeddings.reconstruction.images import ImageReader, image_reader, positions
+from embeddings.reconstruction.images import attached
 from embeddings.reconstruction.patches import new_head, patch_loss, with_masked_patches
+from embeddings.reconstruction.reader import Reader
 from merging.errors import CuveeError
 from tests.embeddings.reconstruction import vision
 
@@ -43,11 +45,14 @@ def batch_of(reader: ImageReader, pictures: list[Any], *, pad_left: bool = False
     rows = []
     for number, picture in enumerate(pictures):
         text = np.arange(20, 23 + number)
-        ids = np.concatenate([text[:number], [] if picture is None else reader.ids(picture), text, [EOS_ID]])
+        ids = np.concatenate(
+            [text[:number], [] if picture is None else reader.ids(reader.tokens(picture)), text, [EOS_ID]]
+        )
         segments = np.r_[np.full(len(ids) - 1, SOURCE), EOS]
         rows.append(Row(ids.astype(np.int64), segments, np.full(len(ids), -1)))
     batch = stack(rows, "bidirectional", pad_id=EOS_ID, pad_left=pad_left)
-    return reader.attached(batch, [picture for picture in pictures if picture is not None])
+    own = Reader(None, EOS_ID, 5, EOS_ID, processor=reader)
+    return attached(batch, [picture for picture in pictures if picture is not None], own)
 
 
 def pictures(reader: ImageReader, tmp_path: Path) -> list[Any]:
@@ -63,10 +68,12 @@ def test_pixels_and_tokens_are_those_of_the_processor(folder: Path, reader: Imag
     file = vision.picture(tmp_path / "a.png", 1, (48, 16))
     with Image.open(file) as image:
         theirs = Qwen2VLImageProcessorPil.from_pretrained(folder)(images=[image], return_tensors="np")
+    of_its_size = reader.tokens_of(file)
     ours = reader.read(file)
+    assert of_its_size == reader.tokens(ours) == reader.tokens_of(file)
     np.testing.assert_array_equal(ours.pixels, theirs["pixel_values"])
     assert [ours.grid] == [tuple(row) for row in theirs["image_grid_thw"].tolist()]
-    ids = reader.ids(ours)
+    ids = reader.ids(reader.tokens(ours))
     assert (ids == reader.image_id).sum() == np.prod(ours.grid) // 4 == reader.tokens(ours)
     assert (ids[0], ids[-1]) == (reader.start_id, reader.end_id)
 
