@@ -58,6 +58,9 @@ def search(
     finish(result, as_json)
 
 
+_ENDED = {"seconds": ", the time being up", "no_gain": ", the last of them no better", "space": ", all there are"}
+
+
 def _tell(result: dict[str, Any]) -> None:
     from merging.cli import say
 
@@ -70,7 +73,7 @@ def _tell(result: dict[str, Any]) -> None:
     score, front = result["best"]["score"], result.get("front")
     shown = f"best {score:.4f}" if front is None else f"{len(front)} on the front, of the best mean {_named(result)}"
     failed = f", {result['failed']} failed" if result["failed"] else ""
-    ended = {"seconds": ", the time being up", "no_gain": ", the last of them no better"}.get(result["ended"], "")
+    ended = _ENDED.get(result["ended"], "")
     say(
         f"{varied} in {result['trials']} trials{failed}{ended}: {shown} at trial {result['best']['trial']}; {result['model']}"
     )

@@ -71,7 +71,9 @@ def design(space: Space, starts: Sequence[Start], seed: int) -> list[dict[str, A
             new = from_study(space, start)
         else:
             new = [given_point(space, start)]
-        points += [point for point in new if point not in points]
+        for point in new:  # two of Sobol's may be one, where there are few values to take
+            if point not in points:
+                points.append(point)
     return points
 
 

@@ -116,7 +116,10 @@ def refuse_unfit(name: str, objectives: int, where: str = "") -> Engine:
 
 
 class SeededSampler(BaseSampler):
-    """Proposes by a fresh sampler each time; by Sobol's sequence where there is too little to learn from."""
+    """Proposes by a fresh sampler each time; by Sobol's sequence where there is too little to learn from.
+
+    In a space of few points, none is proposed twice while there is another: it would have the same score again.
+    """
 
     def __init__(self, engine: Engine, space: Space, seed: int) -> None:
         self.engine, self.space, self.seed = engine, space, seed
@@ -135,6 +138,10 @@ class SeededSampler(BaseSampler):
             return proposed
         if COCKTAIL in trial.user_attrs:
             return _cocktail(study, self.space, trial.user_attrs[COCKTAIL])
+        found = self._proposal(study, trial, search_space)
+        return _untried(study, trial, self.space, found)
+
+    def _proposal(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
         place = trial.number
         complete = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
         if self.engine.make is None or complete < self.engine.startup:
@@ -202,7 +209,7 @@ class SkoptSampler(OneProposal):
                 n_initial_points=1,
                 acq_func="EI",
                 acq_func_kwargs={"xi": 0.01},
-                acq_optimizer="lbfgs",
+                acq_optimizer="auto",  # by gradients, but of choices alone
                 random_state=self.seed,
             )
             done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -219,6 +226,28 @@ def _proposed(trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]) 
     except (TypeError, ValueError):
         return {}
     return found if isinstance(found, dict) and found.keys() == search_space.keys() else {}
+
+
+def untried(space: Space, tried: Sequence[FrozenTrial]) -> list[dict[str, Any]] | None:
+    """The points of a space of few that are in no trial yet; None of a space of many."""
+    points = space.points()
+    if points is None:
+        return None
+    known = {tuple(trial.params.get(d.name) for d in space.dimensions) for trial in tried}
+    return [point for point in points if tuple(point.values()) not in known]
+
+
+def _untried(study: Study, trial: FrozenTrial, space: Space, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What was found, or, where that was tried already, the point nearest to it that was not."""
+    begun = (TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING)
+    others = [own for own in study.get_trials(deepcopy=False, states=begun) if own.number != trial.number]
+    free = untried(space, others)
+    whole = {d.name: d.default for d in space.dimensions} | dict(found)  # what has one value is not proposed
+    if not free or whole in free:
+        return dict(found)
+    wanted = np.array(space.coordinates(whole))
+    nearest = min(free, key=lambda point: float(np.square(np.array(space.coordinates(point)) - wanted).sum()))
+    return {name: nearest[name] for name in found}
 
 
 def _cocktail(study: Study, space: Space, temperature: float) -> dict[str, Any]:

@@ -5,8 +5,9 @@ It is built from the method's entry in the registry: types, bounds, choices and 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -27,6 +28,8 @@ PER = ("all", "model", "layers", "module", "tensor")
 GROUPINGS: Mapping[str, Callable[[str], str]] = {"layers": layers.group, "module": module_kind, "tensor": str}
 #: Dimensions that a search by proposals can do anything with.
 MANY = 100
+#: Points of a space that are told one by one.
+FEW = 4096
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,15 @@ class Dimension:
             return [(math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))]
         return [(value - self.low) / (self.high - self.low)]
 
+    def values(self) -> Sequence[Any] | None:
+        """All that it may be; None for a number that may be anything between its bounds."""
+        if self.choices:
+            return self.choices
+        assert self.low is not None and self.high is not None
+        if self.whole:
+            return range(int(self.low), int(self.high) + 1)
+        return (self.low,) if self.low == self.high else None
+
     def clipped(self, value: Any) -> Any:
         """The nearest value within bounds; of a categorical, the value if it is a choice, else the first choice."""
         if self.choices:
@@ -140,6 +152,15 @@ class Space:
     def point(self, shares: Sequence[float]) -> dict[str, Any]:
         """The point at a place in the unit cube, (dimensions,)."""
         return {d.name: d.at(share) for d, share in zip(self.dimensions, shares, strict=True)}
+
+    def points(self) -> Iterator[dict[str, Any]] | None:
+        """All points, where these are at most `FEW`; None where there are more."""
+        values = [dimension.values() for dimension in self.dimensions]
+        known = [own for own in values if own is not None]
+        if len(known) < len(values) or math.prod(map(len, known)) > FEW:
+            return None
+        names = [dimension.name for dimension in self.dimensions]
+        return (dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*known))
 
     def coordinates(self, point: Point) -> list[float]:
         """Coordinates in the unit cube; a categorical has one for each choice."""

@@ -150,11 +150,14 @@ class Study:
         """Why the search has ended; None: it goes on."""
         settings = self.settings
         frozen = self.optuna.get_trials(deepcopy=False)
-        if sum(trial.state != TrialState.WAITING for trial in frozen) >= settings.trials:
+        begun = [trial for trial in frozen if trial.state != TrialState.WAITING]
+        if len(begun) >= settings.trials:
             return "trials"
         done = self.trials()
         if settings.seconds is not None and sum(t.seconds for t in done) / settings.workers >= settings.seconds:
             return "seconds"
+        if engines.untried(settings.space, begun) == []:
+            return "space"
         if settings.no_gain is not None and _since_gain(done) >= settings.no_gain:
             return "no_gain"
         return None

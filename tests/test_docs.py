@@ -121,11 +121,12 @@ def test_the_page_on_training_shows_what_can_be_trained(tmp_path: Path, monkeypa
     page = ROOT / "docs" / "train.md"
     monkeypatch.chdir(tmp_path)
     Path("base").mkdir()
-    for name in ("pairs.jsonl.gz", "tickets.csv"):
+    for name in ("pairs.jsonl.gz", "tickets.csv", "images.jsonl"):
         Path(name).write_bytes(b"")
     whole, update = code_blocks(page, "yaml")
     read = config.parse(whole, str(tmp_path / "config.yml"))
     assert {data.name for data in read.data} == {"word", "phenotype", "pairs", "all-nli-triplet"}
+    assert [images.data.name for images in read.images] == ["images"]
     Path("new.yml").write_text(update, encoding="utf-8")
     assert [data.type for data in config.data_settings("new.yml")] == ["Classification"]
     passages = [

@@ -132,3 +132,42 @@ def test_what_stands_beside_the_tasks_is_never_the_worst() -> None:
 def test_a_missing_task_is_told() -> None:
     with pytest.raises(CuveeError, match="no score of the task 'c'; given: a"):
         Goal(front=("a", "c")).values(Scores(tasks={"a": 1.0}))
+
+
+FEW = make_space(
+    registry.get("task_arithmetic"),
+    2,
+    {"weight": Vary(choices=(0.0, 0.3, 0.6, 1.0), per="model"), "lambda": Vary(value=1.0)},
+)
+
+
+@pytest.mark.parametrize("engine", ["gp", "tpe", "skopt", "qmc", "random"])
+def test_a_space_of_few_points_is_tried_once_over(tmp_path: Path, engine: str) -> None:
+    settings = replace(SETTINGS, space=FEW, engine=engine, design=design(FEW, DEFAULT, 0), trials=40)
+
+    def scores(coefficients: Mapping[str, Any]) -> Scores:
+        return Scores(float("nan")) if coefficients["weight"] == [0.3, 0.6] else tasks(coefficients)
+
+    def points(folder: str, *halves: Settings) -> list[Any]:
+        (tmp_path / folder).mkdir()
+        for half in halves:
+            study = open_study(half, tmp_path / folder)
+            work(study, scores)
+        assert study.ended() == "space"
+        return [tuple(trial.point.values()) for trial in study.trials()]
+
+    found = points("one", settings)
+    assert len(found) == len(set(found)) == 16
+    assert points("two", replace(settings, trials=11), settings) == found
+
+
+def test_a_space_of_many_points_is_not_listed() -> None:
+    free = make_space(registry.get("task_arithmetic"), 2, {"weight": Vary(low=0, high=1, per="model")})
+    assert free.points() is None
+    choices = Vary(choices=tuple(i / 9 for i in range(10)), per="model")
+    assert (
+        make_space(registry.get("task_arithmetic"), 4, {"weight": choices, "lambda": Vary(value=1.0)}).points() is None
+    )
+    fixed = {"weight": Vary(choices=(0.0, 1.0), per="model"), "lambda": Vary(low=0.5, high=0.5)}
+    few = make_space(registry.get("task_arithmetic"), 2, fixed).points()
+    assert few is not None and len(list(few)) == 4
