@@ -119,7 +119,7 @@ class ImageReader:
         try:
             made = self.image_processor(images=[image], return_tensors="np")
         except ValueError as wrong:
-            raise CuveeError(f"the model cannot read it: {wrong!s:.120}", where=where) from None
+            raise _refused(wrong, where) from None
         pixels = np.ascontiguousarray(made["pixel_values"], np.float32)
         time, height, width = map(int, made["image_grid_thw"][0])
         return Picture(pixels, (time, height, width))
@@ -132,13 +132,23 @@ class ImageReader:
         """As `tokens`, of a file whose pixels are not needed yet: most of them say their size in their first bytes.
 
         Raises:
-            CuveeError: Pillow is not installed, or it can make nothing of the file.
+            CuveeError: Pillow is not installed, or it or the processor can make nothing of the file.
         """
         known = self._kept.get(file)
         if known is not None:
             return self.tokens(known)
-        width, height = size_of(file)
-        return int(self.image_processor.get_number_of_image_patches(height, width)) // self.merge**2
+        return self.tokens_of_size(*size_of(file), str(file))
+
+    def tokens_of_size(self, width: int, height: int, where: str) -> int:
+        """As `tokens`, of an image of so many pixels.
+
+        Raises:
+            CuveeError: as `picture`.
+        """
+        try:
+            return int(self.image_processor.get_number_of_image_patches(height, width)) // self.merge**2
+        except ValueError as wrong:
+            raise _refused(wrong, where) from None
 
     def ids(self, tokens: int) -> NDArray[np.int64]:
         """(tokens + 2,): what stands for an image of so many tokens in a text."""
@@ -180,6 +190,10 @@ def no_images(where: str) -> CuveeError:
     """What is told where a model that reads texts alone is given images."""
     mend = "take a vision–language model of Qwen2-VL's shape with its preprocessor_config.json"
     return CuveeError("the model reads texts alone", where=where, mend=mend)
+
+
+def _refused(wrong: ValueError, where: str) -> CuveeError:
+    return CuveeError(f"the model cannot read it: {wrong!s:.120}", where=where)
 
 
 def positions(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from embeddings.images.reader import ImageReader, no_images
 from embeddings.images.settings import ImageSettings
 from embeddings.training import hub_data
 from embeddings.training.data_settings import DataSettings
@@ -32,7 +33,7 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "query": ("query", "question", "anchor"),
 }
 _MARKER = "images.json"
-_FORM = 2  # of what is kept: raise it when the same source would give other rows
+_FORM = 3  # of what is kept: raise it when the same source would give other rows
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,30 @@ class ImageSet:
 
 
 def read_images(
-    settings: Sequence[ImageSettings], cache: Path, seed: int, progress: Work, *, fresh: bool = False
+    settings: Sequence[ImageSettings],
+    reader: ImageReader | None,
+    cache: Path,
+    seed: int,
+    progress: Work,
+    *,
+    fresh: bool = False,
 ) -> list[ImageSet]:
     """The data sets of images, each image opened once, from the cache or from their sources.
 
+    Images that are the same byte for byte are one file, whatever their names: what is told of one is told of all.
+
     Args:
+        reader: of the model's images.
         cache: a folder; read anew where an image that was read has changed.
         fresh: read what the hub has now.
 
     Raises:
-        CuveeError: at file and row, for one that is wrong; or Pillow is not installed.
+        CuveeError: at file and row, for one that is wrong; Pillow is not installed; the model reads no images.
     """
+    if not settings:
+        return []
+    if reader is None:
+        raise no_images(settings[0].data.where)
     files, revisions = FileDigests(cache / "files.json"), HubRevisions(cache / "hub.json", fresh=fresh)
     found = []
     for entry in settings:
@@ -96,9 +110,9 @@ def read_images(
         told = _known(folder)
         if told is None:
             with staged(folder, force=True, marker=_MARKER) as staging:
-                _write(entry, staging, folder, seed, progress)
+                _write(entry, reader, staging, seed, progress)
             told = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-        rows = [(Path(image), caption, query) for image, caption, query in told["rows"]]
+        rows = [(folder / image, caption, query) for image, caption, query in told["rows"]]
         found.append(ImageSet(data, told["digest"], rows, (*told["notes"], *notes)))
     return found
 
@@ -123,7 +137,7 @@ def _stamp(file: Path) -> list[int]:
 def _key(entry: ImageSettings, files: FileDigests, seed: int) -> str:
     data = entry.data
     source = (
-        [data.hub, data.subset, data.split, data.revision]
+        [files.of_model(data.hub, data.revision), data.subset, data.split]
         if data.hub is not None
         else [[file, files.of(Path(file), data.where)] for file in data.files]
     )
@@ -132,10 +146,11 @@ def _key(entry: ImageSettings, files: FileDigests, seed: int) -> str:
     return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
 
 
-def _write(entry: ImageSettings, staging: Path, folder: Path, seed: int, progress: Work) -> None:
+def _write(entry: ImageSettings, reader: ImageReader, staging: Path, seed: int, progress: Work) -> None:
     """Reads a source to the end, a row at a time; what comes from a hub is kept as files."""
     name = entry.data.name
     digest, rows, broken, stamps = xxhash.xxh3_128(), [], [], {}
+    first: dict[bytes, str] = {}  # the file of each image by its digest
     count = 0
     for number, (where, near, raw) in enumerate(_drawn(entry.data, seed)):
         count += 1
@@ -147,20 +162,22 @@ def _write(entry: ImageSettings, staging: Path, folder: Path, seed: int, progres
         try:
             file, content = _image(image, near, where) if near else (Path(), _bytes_of_hub(image, entry.data, where))
             if content is not None:  # of a hub: under a name of our own
-                (staging / f"{number}.image").write_bytes(content)
-                opened(staging / f"{number}.image")
-                file = folder / f"{number}.image"
-            else:
-                opened(file)
-                content = file.read_bytes()
+                file = staging / f"{number}.image"
+                file.write_bytes(content)
+            width, height = opened(file).size
+            reader.tokens_of_size(width, height, str(file))  # the model may refuse it
         except CuveeError as error:
             if not entry.skip_broken or "Pillow" in error.what:
                 mend = error.mend or "mend or remove the row, or say 'skip_broken: true'"
                 raise CuveeError(error.what, where=where, mend=mend) from None
             broken.append(f"{where}: {error.what}")
             continue
-        digest.update(xxhash.xxh3_128_digest(content) + json.dumps([caption, query]).encode())
-        rows.append([str(file), caption, query])
+        own = xxhash.xxh3_128_digest(file.read_bytes())
+        digest.update(own + json.dumps([caption, query]).encode())
+        path = str(file) if content is None else file.name
+        rows.append([first.setdefault(own, path), caption, query])
+        if content is not None and first[own] != path:
+            file.unlink()
     progress(f"read {name}", count, count)
     if not rows:
         raise CuveeError(f"the data set '{name}' holds no image that can be read", where=entry.data.where)
@@ -201,10 +218,14 @@ def _image(value: Any, near: Path, where: str) -> tuple[Path, bytes | None]:
         return Path(), value["bytes"]
     if not isinstance(value, str) or not value or "\0" in value:
         raise CuveeError(f"'image' must be a path, not {value!r:.60}", where=where)
-    file, root = (near / value).resolve(), near.resolve()
+    try:
+        file, root = (near / value).resolve(), near.resolve()
+        there = file.is_file()
+    except (OSError, RuntimeError):  # a name that is too long, links in a circle
+        raise CuveeError(f"there is no image '{value:.80}'", where=where) from None
     if not file.is_relative_to(root):
         raise CuveeError(f"the image '{value:.80}' is not in the folder of its table", where=where)
-    if not file.is_file():
+    if not there:
         raise CuveeError(f"there is no image '{value:.80}'", where=where)
     return file, None
 

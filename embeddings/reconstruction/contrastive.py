@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from embeddings.images.reader import ImageReader
 from embeddings.images.rows import read_images
 from embeddings.images.settings import ImageSettings
 from embeddings.reconstruction.config import PretrainingConfig
@@ -28,12 +29,19 @@ CARD = "README.md"
 
 
 def check_contrastive(
-    config: PretrainingConfig, sets: Sequence[TrainingSet], model: Path, run: Path, *, force: bool
+    config: PretrainingConfig,
+    sets: Sequence[TrainingSet],
+    images: ImageReader | None,
+    model: Path,
+    run: Path,
+    *,
+    force: bool,
 ) -> None:
     """Finds now what would else be found when the pre-training is done.
 
     Args:
         sets: of the pre-training.
+        images: reads those of the model.
         model: that will be trained.
         run: the stage's folder.
 
@@ -49,9 +57,8 @@ def check_contrastive(
     if not force:
         check_claim(run, "train", after, force=False)
     with TemporaryDirectory(prefix="cuvee-images-") as scratch:
-        read_images(
-            [own for own in after.images if not _is_among(own, config.images)], Path(scratch), after.seed, _silent
-        )
+        others = [own for own in after.images if not _is_among(own, config.images)]
+        read_images(others, images, Path(scratch), after.seed, _silent)
     for own in after.data:
         found = next((each for each in sets if _source(each.settings) == _source(own)), None)
         if found is not None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from embeddings.images.reader import no_images
 from embeddings.images.rows import ImageSet, read_images
 from embeddings.images.settings import ImageSettings
 from embeddings.reconstruction.objective import Example
@@ -96,11 +95,9 @@ def read_image_rows(
     Raises:
         CuveeError: as `read_images`; no row is left; the model reads no images.
     """
-    if settings and reader.processor is None:
-        raise no_images(settings[0].data.where)
     return [
         ImageRows(_with_words(found, reader), reader)
-        for found in read_images(settings, cache, seed, progress, fresh=fresh)
+        for found in read_images(settings, reader.processor, cache, seed, progress, fresh=fresh)
     ]
 
 

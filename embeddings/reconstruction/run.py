@@ -77,7 +77,8 @@ def pretrain_run(
         claim(run, config, force=options.force)
         opened = Opened(config, "cpu" if options.processes > 1 else options.device)
         data = read_data(config, opened.reader(), run / DATA, progress, note, fresh=options.force)
-        check_contrastive(config, data.sets, run / MODEL, run / CONTRASTIVE, force=options.force)
+        images = data.reader.processor
+        check_contrastive(config, data.sets, images, run / MODEL, run / CONTRASTIVE, force=options.force)
         jobs = jobs_of(config, data, run)
         trained = train_stages(Stages(config, run, opened, jobs, options, progress, note))
         write_curves(run / METRICS)
@@ -126,7 +127,8 @@ def plan(
     with tempfile.TemporaryDirectory() as scratch, only_our_words():
         opened = Opened(config, options.device)
         data = read_data(config, opened.reader(), Path(scratch), progress, lambda line: None)
-        check_contrastive(config, data.sets, run / MODEL, run / CONTRASTIVE, force=options.force)
+        images = data.reader.processor
+        check_contrastive(config, data.sets, images, run / MODEL, run / CONTRASTIVE, force=options.force)
         jobs = jobs_of(config, data, run)
         for job in jobs:
             try_out(job)

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from embeddings.images.reader import ImageReader, no_images
+from embeddings.images.reader import ImageReader
 from embeddings.images.rows import ImageSet, read_images
 from embeddings.images.text import ImageText
 from embeddings.training.config import TrainingConfig
@@ -87,9 +87,8 @@ def load_image_sets(
     """
     if not config.images:
         return []
-    if reader is None:
-        raise no_images(config.images[0].data.where)
-    read = read_images(config.images, cache, config.seed, progress, fresh=fresh)
+    read = read_images(config.images, reader, cache, config.seed, progress, fresh=fresh)
+    assert reader is not None  # read_images has refused it
     return [_set_of(found, config, tokenize, reader, cache) for found in read]
 
 

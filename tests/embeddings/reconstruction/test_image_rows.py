@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from embeddings.images.reader import image_reader
+from embeddings.images.settings import ImageSettings
 from embeddings.reconstruction.config import load, parse
 from embeddings.reconstruction.image_rows import ImageRows, read_image_rows
 from embeddings.reconstruction.reader import Reader
@@ -94,6 +95,9 @@ def test_columns_may_have_other_names_and_a_query_stands_behind_the_image(tmp_pa
         ({"image": "../secret.png", "caption": "x"}, "images.jsonl:17: the image '../secret.png' is not in the folder"),
         ({"image": "/etc/passwd", "caption": "x"}, "images.jsonl:17: the image '/etc/passwd' is not in the folder"),
         ({"image": 5, "caption": "x"}, "images.jsonl:17: 'image' must be a path, not 5"),
+        ({"image": "loop.png", "caption": "x"}, "images.jsonl:17: there is no image 'loop.png'"),
+        ({"image": "a" * 300, "caption": "x"}, "images.jsonl:17: there is no image 'aaa"),
+        ({"image": "wide.png", "caption": "x"}, "images.jsonl:17: the model cannot read it: absolute aspect ratio"),
         ({"image": "img/0.png"}, "images.jsonl:17: has no 'text'"),
         ({"image": "img/0.png", "caption": " "}, "images.jsonl:17: 'text' is empty"),
         ({"image": "img/0.png", "caption": 7}, "images.jsonl:17: 'text' must be text, not 7"),
@@ -104,6 +108,8 @@ def test_mistakes_name_file_and_row(tmp_path: Path, row: dict[str, Any], said: s
     place = tmp_path / "data"
     place.mkdir()
     (place / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+    (place / "loop.png").symlink_to("loop.png")
+    vision.picture(place / "wide.png", 0, (1608, 8))
     vision.picture(tmp_path / "secret.png")
     write(place, [row])
     with pytest.raises(CuveeError) as caught:
@@ -130,6 +136,13 @@ def test_broken_images_are_left_out_by_option_and_counted(tmp_path: Path) -> Non
     assert note.startswith("images: 2 of 18 images cannot be read and are left out, first ")
     assert "images.jsonl:17: is no image that can be read" in note
     assert found.digest == read(tmp_path, ", skip_broken: true").digest  # from the cache
+
+
+def test_an_image_under_several_names_is_one(tmp_path: Path) -> None:
+    write(tmp_path, [{"image": "twin.png", "caption": "the twin"}])
+    (tmp_path / "twin.png").write_bytes((tmp_path / "img" / "3.png").read_bytes())
+    for found in (read(tmp_path), read(tmp_path)):
+        assert found.rows[COUNT][0] == found.rows[3][0] and len({image for image, _, _ in found.rows}) == COUNT
 
 
 def test_what_was_read_is_read_anew_where_an_image_has_changed(tmp_path: Path) -> None:
@@ -178,20 +191,35 @@ def test_a_limit_draws_some_by_the_seed(tmp_path: Path) -> None:
     assert len(found) == 5 and len({image for image, _, _ in found.rows}) == 5
 
 
-def test_a_data_set_of_the_hubs_form_keeps_its_images_as_files(tmp_path: Path) -> None:
+def hub(place: Path, images: list[int]) -> tuple[ImageSettings, ...]:
+    """A folder that `datasets` reads, which holds the images."""
     datasets = pytest.importorskip("datasets")
-    write(tmp_path)
-    rows = [{"image": (tmp_path / "img" / f"{n}.png").read_bytes(), "text": f"number {n}"} for n in range(3)]
+    content = [{"bytes": (place / "img" / f"{number}.png").read_bytes(), "path": None} for number in images]
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    columns = {"image": [{"bytes": row["image"], "path": None} for row in rows], "text": [row["text"] for row in rows]}
-    (tmp_path / "hub").mkdir()
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "hub" / "train.parquet")
-    (tmp_path / "base").mkdir()
-    config = parse("model: base\nimages: [{hub: hub}]\n", "cocoa", str(tmp_path / "config.yml"))
-    (found,) = read_image_rows(config.images, reader(), tmp_path / "cache", 0, lambda what, done, total: None)
-    assert len(found) == 3
-    image, text, _ = found.rows[1]
-    assert text == "number 1" and image.read_bytes() == rows[1]["image"] and image.is_relative_to(tmp_path / "cache")
+    columns = {"image": content, "text": [f"text {place}" for place in range(len(images))]}
+    for folder in ("hub", "base"):
+        (place / folder).mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(place / "hub" / "train.parquet")
+    return parse("model: base\nimages: [{hub: hub}]\n", "cocoa", str(place / "config.yml")).images
+
+
+def test_a_data_set_of_the_hubs_form_keeps_its_images_as_files(tmp_path: Path) -> None:
+    write(tmp_path)
+    entries = hub(tmp_path, [0, 1, 0])
+
+    def read_hub(cache: str) -> ImageRows:
+        (found,) = read_image_rows(entries, reader(), tmp_path / cache, 0, lambda what, done, total: None)
+        return found
+
+    found = read_hub("cache")
+    assert [text for _, text, _ in found.rows] == ["text 0", "text 1", "text 2"]
+    images = [image for image, _, _ in found.rows]
+    assert [each.read_bytes() for each in images] == [(tmp_path / f"img/{n}.png").read_bytes() for n in (0, 1, 0)]
+    assert images[2] == images[0] and sorted({*images}) == sorted(images[0].parent.glob("*.image"))
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    assert all(image.is_relative_to(tmp_path / "moved") and image.is_file() for image, _, _ in read_hub("moved").rows)
+    hub(tmp_path, [2, 1, 0])
+    assert read_hub("moved").digest != found.digest
 
 
 def test_a_data_set_of_the_hubs_form_names_no_file_but_its_own(tmp_path: Path) -> None:
@@ -219,7 +247,6 @@ def test_a_data_set_of_the_hubs_form_names_no_file_but_its_own(tmp_path: Path) -
     ("objective", "more", "said"),
     [
         ("llm-ql", "", "config.yml:2: llm-ql reads no images"),
-        ("cocoa", "contrastive: {steps: 2}\n", "'images' and 'contrastive' exclude each other"),
         ("cocoa", "data: [{file: images.jsonl}]\n", "two data sets are named 'images'"),
     ],
 )

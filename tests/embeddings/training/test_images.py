@@ -287,6 +287,22 @@ def test_a_contrastive_stage_reads_its_own_images_before_anything_is_trained(one
     assert not (tmp_path / "run" / "stages").exists()
 
 
+def test_a_contrastive_stage_with_images_of_a_model_of_texts_is_told_before_anything_is_trained(
+    one: Path, tmp_path: Path
+) -> None:
+    write(tmp_path)
+    shutil.copytree(one, tmp_path / "model", ignore=shutil.ignore_patterns("preprocessor_config.json"))
+    table(tmp_path / "pairs.jsonl", [{"query": f"number {n}", "positive": f"the {n}th"} for n in range(COUNT)])
+    (tmp_path / "config.yml").write_text(
+        "model: model\ndata: [{file: pairs.jsonl}]\nbatch_size: 4\nmax_length: 24\nwarm_up: {steps: 2}\n"
+        "bridge: {steps: 2}\ncontrastive: {steps: 2, images: [{file: images.jsonl}]}\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(CuveeError, match=r"config\.yml:7: the model reads texts alone"):
+        pretrain_run(load_pretraining(tmp_path / "config.yml", "cocoa"), tmp_path / "run")
+    assert not (tmp_path / "run" / "stages").exists()
+
+
 def test_texts_with_an_images_mark_are_left_out_and_counted(one: Path, tmp_path: Path) -> None:
     wrong = [
         {"image": "img/1.png", "caption": "a <|image_pad|> of it"},
