@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from merging.errors import CuveeError
 from merging.loading import only_our_words
-from merging.statistics.images import opened, size_of
+from merging.statistics.images import opened
 
 #: Files that a vision–language model's folder has beside its tokenizer's.
 PROCESSOR_FILES = (
@@ -128,19 +128,8 @@ class ImageReader:
         """How many image tokens stand for it."""
         return len(picture.pixels) // self.merge**2
 
-    def tokens_of(self, file: Path) -> int:
-        """As `tokens`, of a file whose pixels are not needed yet: most of them say their size in their first bytes.
-
-        Raises:
-            CuveeError: Pillow is not installed, or it or the processor can make nothing of the file.
-        """
-        known = self._kept.get(file)
-        if known is not None:
-            return self.tokens(known)
-        return self.tokens_of_size(*size_of(file), str(file))
-
     def tokens_of_size(self, width: int, height: int, where: str) -> int:
-        """As `tokens`, of an image of so many pixels.
+        """As `tokens`, of an image of so many pixels, before there is a picture of it.
 
         Raises:
             CuveeError: as `picture`.

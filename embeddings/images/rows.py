@@ -33,7 +33,7 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "query": ("query", "question", "anchor"),
 }
 _MARKER = "images.json"
-_FORM = 3  # of what is kept: raise it when the same source would give other rows
+_FORM = 4  # of what is kept: raise it when the same source would give other rows
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,14 @@ class ImageSet:
     Attributes:
         digest: of images and texts in their order.
         rows: of each the image, its text and its query, which may be empty.
+        sizes: width and height by image, in pixels.
         notes: on what was left out, one line each.
     """
 
     settings: DataSettings
     digest: str
     rows: Sequence[tuple[Path, str, str]]
+    sizes: Mapping[Path, tuple[int, int]]
     notes: tuple[str, ...] = ()
 
     @property
@@ -113,7 +115,8 @@ def read_images(
                 _write(entry, reader, staging, seed, progress)
             told = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
         rows = [(folder / image, caption, query) for image, caption, query in told["rows"]]
-        found.append(ImageSet(data, told["digest"], rows, (*told["notes"], *notes)))
+        sizes = {folder / image: (width, height) for image, (width, height) in told["sizes"].items()}
+        found.append(ImageSet(data, told["digest"], rows, sizes, (*told["notes"], *notes)))
     return found
 
 
@@ -149,7 +152,7 @@ def _key(entry: ImageSettings, files: FileDigests, seed: int) -> str:
 def _write(entry: ImageSettings, reader: ImageReader, staging: Path, seed: int, progress: Work) -> None:
     """Reads a source to the end, a row at a time; what comes from a hub is kept as files."""
     name = entry.data.name
-    digest, rows, broken, stamps = xxhash.xxh3_128(), [], [], {}
+    digest, rows, sizes, broken, stamps = xxhash.xxh3_128(), [], {}, [], {}
     first: dict[bytes, str] = {}  # the file of each image by its digest
     count = 0
     for number, (where, near, raw) in enumerate(_drawn(entry.data, seed)):
@@ -175,7 +178,8 @@ def _write(entry: ImageSettings, reader: ImageReader, staging: Path, seed: int, 
         own = xxhash.xxh3_128_digest(file.read_bytes())
         digest.update(own + json.dumps([caption, query]).encode())
         path = str(file) if content is None else file.name
-        rows.append([first.setdefault(own, path), caption, query])
+        sizes[first.setdefault(own, path)] = [width, height]
+        rows.append([first[own], caption, query])
         if content is not None and first[own] != path:
             file.unlink()
     progress(f"read {name}", count, count)
@@ -183,7 +187,7 @@ def _write(entry: ImageSettings, reader: ImageReader, staging: Path, seed: int, 
         raise CuveeError(f"the data set '{name}' holds no image that can be read", where=entry.data.where)
     left_out = f"{name}: {len(broken)} of {count} images cannot be read and are left out, first "
     notes = [left_out + broken[0]] if broken else []
-    told = {"digest": f"xxh3:{digest.hexdigest()}", "rows": rows, "notes": notes, "stamps": stamps}
+    told = {"digest": f"xxh3:{digest.hexdigest()}", "rows": rows, "sizes": sizes, "notes": notes, "stamps": stamps}
     (staging / _MARKER).write_text(json.dumps(told), encoding="utf-8")
 
 

@@ -38,17 +38,23 @@ class ImageTable:
     """
 
     def __init__(
-        self, images: Sequence[Path], texts: NDArray[np.int32], table: TokenTable, reader: ImageReader
+        self,
+        images: Sequence[Path],
+        sizes: Mapping[Path, tuple[int, int]],
+        texts: NDArray[np.int32],
+        table: TokenTable,
+        reader: ImageReader,
     ) -> None:
-        self.images = images
+        self.images, self._sizes = images, sizes
         self._texts, self._table, self._reader = texts, table, reader
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> ImageText:
-        before = self._reader.ids(self._reader.tokens_of(self.images[index])).astype(np.int32)
-        return ImageText(np.concatenate([before, self._table[int(self._texts[index])]]), self.images[index])
+        image = self.images[index]
+        before = self._reader.ids(self._reader.tokens_of_size(*self._sizes[image], str(image))).astype(np.int32)
+        return ImageText(np.concatenate([before, self._table[int(self._texts[index])]]), image)
 
     def text(self, index: int) -> str:
         """What tells it from all others, and from any text alone."""
@@ -155,7 +161,7 @@ def _set_of(
         type=TYPE,
         settings=replace(found.settings, type=TYPE),
         digest=found.digest,
-        query_tokens=ImageTable([image for image, _ in distinct], behind, tables["query"], reader),
+        query_tokens=ImageTable([image for image, _ in distinct], found.sizes, behind, tables["query"], reader),
         document_tokens=tables["document"],
         queries=np.array(queries, np.int32),
         positives=Ragged(offsets_of(one), answers.astype(np.int32)),

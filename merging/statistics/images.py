@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,9 @@ from merging.errors import CuveeError
 from merging.statistics.tokens import Tokens
 
 _NEEDS = "pip install pillow torchvision"
+_ORIENTATION = 0x0112
+#: What makes an image upright by its EXIF orientation: a number of Pillow's Image.Transpose.
+_UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -33,36 +35,22 @@ def reader(folder: Path, *, trusted: bool) -> Any:
 
 
 def opened(file: Path) -> Any:
-    """The image in RGB.
+    """The image in RGB, upright: a camera's picture lies on its side, and says so.
 
     Raises:
         CuveeError: Pillow is not installed, or it can make nothing of the file.
     """
-    with _readable(file) as image:
-        # Pillow warns of a palette with transparency unless that is taken in first; the colours are the same.
-        return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
-
-
-def size_of(file: Path) -> tuple[int, int]:
-    """Width and height, from the file's head.
-
-    Raises:
-        CuveeError: as `opened`.
-    """
-    with _readable(file) as image:
-        width, height = image.size
-        return int(width), int(height)
-
-
-@contextmanager
-def _readable(file: Path) -> Iterator[Any]:
     try:
         from PIL import Image
     except ImportError:
         raise CuveeError("images are read by Pillow, which is not installed", where=str(file), mend=_NEEDS) from None
     try:
         with Image.open(file) as image:
-            yield image
+            # Pillow warns of a palette with transparency unless that is taken in first; the colours are the same.
+            found = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+            how = image.getexif().get(_ORIENTATION)  # of what was read: Pillow itself turns some formats
+            # Not by ImageOps.exif_transpose, which writes the EXIF anew and stumbles over what is wrong elsewhere in it.
+            return found.transpose(_UPRIGHT[how]) if how in _UPRIGHT else found
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CuveeError(f"is no image that can be read: {str(error)[:120]}", where=str(file)) from None
 

@@ -68,9 +68,8 @@ def test_pixels_and_tokens_are_those_of_the_processor(folder: Path, reader: Imag
     file = vision.picture(tmp_path / "a.png", 1, (48, 16))
     with Image.open(file) as image:
         theirs = Qwen2VLImageProcessorPil.from_pretrained(folder)(images=[image], return_tensors="np")
-    of_its_size = reader.tokens_of(file)
     ours = reader.read(file)
-    assert of_its_size == reader.tokens(ours) == reader.tokens_of(file)
+    assert reader.tokens_of_size(48, 16, "") == reader.tokens(ours)
     np.testing.assert_array_equal(ours.pixels, theirs["pixel_values"])
     assert [ours.grid] == [tuple(row) for row in theirs["image_grid_thw"].tolist()]
     ids = reader.ids(reader.tokens(ours))

@@ -74,7 +74,7 @@ def config_of(place: Path, model: Path, more: str = "steps: 4\n", entry: str = E
 def pictured(backbone: Backbone, image: Path, words: str = "") -> ImageText:
     assert backbone.images is not None
     (ids,) = backbone.tokenize([words], "query")
-    before = backbone.images.ids(backbone.images.tokens_of(image))
+    before = backbone.images.ids(backbone.images.tokens(backbone.images.read(image)))
     return ImageText(np.array([*before, *ids], np.int32), image)
 
 
@@ -191,6 +191,31 @@ def test_rows_are_images_with_what_stands_behind_them_and_a_text(one: Path, tmp_
     assert images.lengths.tolist() == [len(images[i]) for i in range(len(images))]
     (again,) = sets_of(config_of(tmp_path, one), tmp_path / "cache")
     assert again.digest == found.digest and np.array_equal(again.queries, found.queries)
+
+
+@pytest.mark.parametrize("name", ["jpg", "png", "webp", "tif", "gif"])
+def test_a_picture_of_a_camera_is_upright_and_has_as_many_tokens_as_are_read(
+    one: Path, tmp_path: Path, name: str
+) -> None:
+    from PIL import Image
+
+    write(tmp_path)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter to the right
+    with Image.open(vision.picture(tmp_path / "lying.png", 5, (16, 64))) as image:
+        more = {} if name == "gif" else {"exif": turned}
+        image.save(tmp_path / f"turned.{name}", lossless=True, quality=100, **more)
+        wanted = image.convert("RGB") if name == "gif" else image.transpose(Image.Transpose.ROTATE_270)
+    table(tmp_path / "images.jsonl", [{"image": f"turned.{name}", "caption": "a tower"}])
+    (found,) = sets_of(config_of(tmp_path, one), tmp_path / "cache")
+    images = found.query_tokens
+    assert isinstance(images, ImageTable)
+    reader, own = images._reader, images[0]
+    read = reader.read(own.image)
+    assert (own.ids == reader.image_id).sum() == reader.tokens(read)
+    alike = reader.picture(wanted)
+    assert read.grid == alike.grid
+    np.testing.assert_allclose(read.pixels, alike.pixels, atol=1.5 if name in ("jpg", "gif") else 1e-6)
 
 
 def test_a_run_on_images_and_texts_is_the_same_after_an_interruption_and_learns(one: Path, tmp_path: Path) -> None:
