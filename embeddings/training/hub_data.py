@@ -26,17 +26,18 @@ class HubRevisions:
     """The revisions that a run reads, in a JSON file.
 
     Args:
-        fresh: those of an earlier run do not count: what the hub has now is read.
+        fresh: those of an earlier run do not count: what the hub has now is read. They stay for who reads other data sets.
     """
 
     def __init__(self, file: Path, *, fresh: bool = False) -> None:
         self._file = file
         self._known: dict[str, str] = {}
-        if not fresh and file.is_file():
+        if file.is_file():
             try:
                 self._known = dict(json.loads(file.read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError):
                 self._known = {}  # damaged: what the data say then is compared with what was trained on
+        self._counts = set() if fresh else set(self._known)
 
     def pinned(self, settings: DataSettings) -> tuple[DataSettings, tuple[str, ...]]:
         """The settings with the revision that the run reads, and a note where the hub has another one by now.
@@ -47,9 +48,10 @@ class HubRevisions:
         if settings.hub is None or os.path.isdir(settings.hub) or _COMMIT.fullmatch(settings.revision or ""):
             return settings, ()
         name = settings.hub + (f"@{settings.revision}" if settings.revision else "")
-        known = self._known.get(name)
+        known = self._known.get(name) if name in self._counts else None
         if known is None:
             known = self._known[name] = _revision(settings)
+            self._counts.add(name)
             write_whole(self._file, json.dumps(self._known))
             return replace(settings, revision=known), ()
         try:

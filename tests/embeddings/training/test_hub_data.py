@@ -11,11 +11,12 @@ import pytest
 
 from embeddings.training.config import TrainingConfig, parse
 from embeddings.training.data import TrainingSet, load_sets
+from embeddings.training.hub_data import HubRevisions
 from merging.errors import CuveeError
 from tests.embeddings.training.test_data import Words, texts
 
 OLD, NEW = "a" * 40, "b" * 40
-Put = Callable[[str, str], None]
+Put = Callable[..., None]
 
 
 @pytest.fixture
@@ -27,15 +28,15 @@ def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Put]:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache-of-datasets")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
-    def put(revision: str, positive: str) -> None:
-        folder = tmp_path / "cache-of-datasets" / "our___pairs" / "default" / "0.0.0" / revision
+    def put(revision: str, positive: str, name: str = "pairs") -> None:
+        folder = tmp_path / "cache-of-datasets" / f"our___{name}" / "default" / "0.0.0" / revision
         folder.mkdir(parents=True)
         features = datasets.Features({"anchor": datasets.Value("string"), "positive": datasets.Value("string")})
-        with ArrowWriter(path=str(folder / "pairs-train.arrow"), features=features) as writer:
+        with ArrowWriter(path=str(folder / f"{name}-train.arrow"), features=features) as writer:
             writer.write({"anchor": "a", "positive": positive})
             rows, size = writer.finalize()
-        split = {"name": "train", "num_bytes": size, "num_examples": rows, "dataset_name": "pairs"}
-        about: dict[str, Any] = {"builder_name": "parquet", "dataset_name": "pairs", "config_name": "default"}
+        split = {"name": "train", "num_bytes": size, "num_examples": rows, "dataset_name": name}
+        about: dict[str, Any] = {"builder_name": "parquet", "dataset_name": name, "config_name": "default"}
         info = datasets.DatasetInfo(features=features, version="0.0.0", splits={"train": split}, **about)
         info.write_to_directory(str(folder))
 
@@ -69,6 +70,17 @@ def test_a_run_stays_with_the_revision_that_it_began_with_and_says_so(
     begun = load(config, tmp_path / "run", fresh=True)
     assert begun.digest == other.digest and not load(config, tmp_path / "run").notes
     assert capfd.readouterr() == ("", "")
+
+
+def test_texts_and_images_that_are_read_anew_keep_both_revisions(
+    put: Put, config: TrainingConfig, tmp_path: Path
+) -> None:
+    put(OLD, "old")
+    put(OLD, "other", "others")
+    load(config, tmp_path, fresh=True)
+    (others,) = parse("model: model\ndata: [{hub: our/others}]\n", config.where).data
+    HubRevisions(tmp_path / "hub.json", fresh=True).pinned(others)  # as `images:` are read, after the texts
+    assert json.loads((tmp_path / "hub.json").read_text("utf-8")) == {"our/pairs": OLD, "our/others": OLD}
 
 
 def test_another_revision_is_not_read_for_want_of_a_connection(
