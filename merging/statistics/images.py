@@ -43,7 +43,8 @@ def opened(file: Path) -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise CuveeError("images are read by Pillow, which is not installed", where=str(file), mend=_NEEDS) from None
+        mend = "pip install 'cuvee[images]'"
+        raise CuveeError("images are read by Pillow, which is not installed", where=str(file), mend=mend) from None
     try:
         with Image.open(file) as image:
             # Pillow warns of a palette with transparency unless that is taken in first; the colours are the same.

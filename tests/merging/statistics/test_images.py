@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,9 @@ def test_no_image_and_no_processor_are_told_in_one_line(folder: Path, tmp_path: 
         collect(str(plain), tmp_path / "d.jsonl", "moments", tmp_path / "s")
 
 
-def test_without_pillow_the_mend_is_told(tmp_path: Path) -> None:
-    try:
-        import PIL  # noqa: F401
-
-        pytest.skip("Pillow is installed")
-    except ImportError:
-        pass
+def test_without_pillow_the_mend_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
     (tmp_path / "i.png").write_bytes(b"x")
     (tmp_path / "d.jsonl").write_text('{"text": "w1", "image": "i.png"}\n')
-    with pytest.raises(CuveeError, match="pip install pillow"):
+    with pytest.raises(CuveeError, match=r"Pillow, which is not installed; pip install 'cuvee\[images\]'"):
         collect(str(model("llama", tmp_path / "m")), tmp_path / "d.jsonl", "moments", tmp_path / "s")
