@@ -35,7 +35,7 @@ def reader(folder: Path, *, trusted: bool) -> Any:
 
 
 def opened(file: Path) -> Any:
-    """The image in RGB, upright: a camera's picture lies on its side, and says so.
+    """The image in RGB, on white where it is transparent, and upright: a camera's picture lies on its side, and says so.
 
     Raises:
         CuveeError: Pillow is not installed, or it can make nothing of the file.
@@ -47,8 +47,11 @@ def opened(file: Path) -> Any:
         raise CuveeError("images are read by Pillow, which is not installed", where=str(file), mend=mend) from None
     try:
         with Image.open(file) as image:
-            # Pillow warns of a palette with transparency unless that is taken in first; the colours are the same.
-            found = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+            found = image
+            if "A" in image.getbands() or "transparency" in image.info:  # on white, as transformers' processors have it
+                above = image.convert("RGBA")
+                found = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
+            found = found.convert("RGB")
             how = image.getexif().get(_ORIENTATION)  # of what was read: Pillow itself turns some formats
             # Not by ImageOps.exif_transpose, which writes the EXIF anew and stumbles over what is wrong elsewhere in it.
             return found.transpose(_UPRIGHT[how]) if how in _UPRIGHT else found

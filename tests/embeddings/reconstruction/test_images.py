@@ -77,6 +77,23 @@ def test_pixels_and_tokens_are_those_of_the_processor(folder: Path, reader: Imag
     assert (ids[0], ids[-1]) == (reader.start_id, reader.end_id)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_as_the_processor_has_it(reader: ImageReader, tmp_path: Path, mode: str) -> None:
+    from PIL import Image
+
+    file = tmp_path / "a.png"
+    with Image.open(vision.picture(tmp_path / "whole.png", 1)) as image:
+        drawn = image.convert(mode)
+        if mode == "P":
+            drawn.save(file, transparency=bytes(range(256)))
+        else:
+            drawn.putalpha(Image.linear_gradient("L").resize(image.size))
+            drawn.save(file)
+    with Image.open(file) as image:
+        theirs = reader.image_processor(images=[image], return_tensors="np")
+    np.testing.assert_array_equal(reader.read(file).pixels, theirs["pixel_values"])
+
+
 @pytest.mark.parametrize("pad_left", [False, True])
 def test_positions_are_those_of_get_rope_index(
     folder: Path, reader: ImageReader, tmp_path: Path, pad_left: bool
