@@ -122,6 +122,18 @@ def open_model(
     )
 
 
+def prompt_name(prompts: Mapping[str, str], default: str | None, side: str | None) -> str | None:
+    """Which of a model's prompts stands before a text, as sentence-transformers' `encode_query`, `encode_document` and `encode`.
+
+    Args:
+        default: its `default_prompt_name`.
+        side: "query" or "document"; None for texts of which neither is.
+    """
+    usual = {"query": ("query",), "document": ("document", "passage", "corpus")}
+    candidates = (*usual.get(side or "", ()), default)
+    return next((name for name in candidates if name in prompts), None)
+
+
 def labels(refs: Sequence[str | os.PathLike[str] | ModelRef]) -> list[str]:
     """A short name for each model, all different: hub ids as they are, of folders as much of the path's end as it takes.
 

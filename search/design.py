@@ -83,7 +83,7 @@ def uniform(space: Space) -> list[dict[str, Any]]:
     What is no weight of a model is at the method's default. Weights that are divided by their sum need one of the two.
     """
     shares = [1 / space.models, 1 / math.sqrt(space.models)]
-    if _divided(space) or not any(d.model is not None for d in space.dimensions):
+    if space.divided or not any(d.model is not None for d in space.dimensions):
         shares = shares[:1]
     found: list[dict[str, Any]] = []
     for share in shares:
@@ -157,16 +157,6 @@ def _nearest(dimension: Dimension, share: float) -> Any:
     if dimension.choices:
         return min(dimension.choices, key=lambda choice: abs(choice - share))
     return dimension.clipped(share)
-
-
-def _divided(space: Space) -> bool:
-    """Whether weights are divided by their sum, where nothing else is tried."""
-    known = registry.get(space.method).parameters
-    for name in ("normalize", "normalize_weights"):
-        if name in known:
-            usual = next((d.default for d in space.dimensions if d.parameter == name), known[name].default)
-            return space.fixed.get(name, usual) is True
-    return False
 
 
 def _given(dimension: Dimension, space: Space, start: Start) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from merging import layers
 from merging.errors import CuveeError
+from merging.methods import registry
 from merging.methods.registry import REQUIRED, Method, Parameter
 from merging.ownership import module_kind
 from merging.setting import quoted
@@ -166,8 +167,21 @@ class Space:
         """Coordinates in the unit cube; a categorical has one for each choice."""
         return [place for dimension in self.dimensions for place in dimension.place(point[dimension.name])]
 
+    @property
+    def divided(self) -> bool:
+        """Whether weights are divided by their sum, where nothing else is tried."""
+        return self._divides({**{d.parameter: d.default for d in self.dimensions}, **self.fixed})
+
+    def _divides(self, values: Mapping[str, Any]) -> bool:
+        known = registry.get(self.method).parameters
+        usual = {name: known[name].default for name in ("normalize", "normalize_weights") if name in known}
+        return any(values.get(name, default) is True for name, default in usual.items())
+
     def coefficients(self, point: Point) -> dict[str, Any]:
         """The method's parameters at a point.
+
+        Weights that are divided by their sum and are all 0 are all 1: as near to it as one comes with equal ones. There is
+        no such merge, and a failure would tell the optimiser nothing: it would ask for it again.
 
         Returns:
             By parameter a value, a list of one for each model, or either of these for each group of tensors by its name.
@@ -185,6 +199,11 @@ class Space:
                 found.setdefault(name, [None] * self.models)[dimension.model] = value
             else:
                 found[name] = value
+        if "weight" in found and self._divides(found):
+            own = found["weight"]
+            found["weight"] = (
+                {group: _some(each) for group, each in own.items()} if isinstance(own, Mapping) else _some(own)
+            )
         return found
 
     def plain(self) -> dict[str, Any]:
@@ -195,6 +214,11 @@ class Space:
             "dimensions": [{**asdict(d), "choices": list(d.choices)} for d in self.dimensions],
             "fixed": {name: list(v) if isinstance(v, tuple) else v for name, v in self.fixed.items()},
         }
+
+
+def _some(weights: Any) -> Any:
+    """The weights, a list of one for each model; 1 each where all are 0."""
+    return [1.0] * len(weights) if isinstance(weights, list | tuple) and not any(weights) else weights
 
 
 def make_space(

@@ -16,7 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from embeddings.evaluation.embedding_cache import EmbeddingCache, text_keys
-from embeddings.model import EmbeddingModel
+from embeddings.model import EmbeddingModel, prompt_name
 from merging.errors import CuveeError
 from merging.loading import max_length
 from merging.progress import Work
@@ -134,13 +134,13 @@ class Encoder:
         """
         from mteb.models.abs_encoder import get_prompt_name
 
-        name = get_prompt_name(self.prompts, task_metadata, prompt_type)
+        name, side = (
+            get_prompt_name(self.prompts, task_metadata, prompt_type),
+            prompt_type.value if prompt_type else None,
+        )
         if name is None:
-            defaults = {"query": ["query"], "document": ["document", "passage", "corpus"]}
-            candidates = defaults.get(prompt_type.value, []) if prompt_type else []
-            candidates.append(getattr(self.model, "default_prompt_name", None) or "")
-            name = next((candidate for candidate in candidates if candidate in self.prompts), None)
-        return (None if name is None else self.prompts[name]), (prompt_type.value if prompt_type else None)
+            name = prompt_name(self.prompts, getattr(self.model, "default_prompt_name", None), side)
+        return (None if name is None else self.prompts[name]), side
 
     def encode_texts(
         self, texts: Sequence[str], *, prompt: str | None = None, task: str | None = None, what: str = "encode"

@@ -54,6 +54,10 @@ class Tokenize:
         content = json.dumps(["reconstruction", _FORM, state, dict(self._max_length)], sort_keys=True, default=str)
         return str(xxhash.xxh3_128_hexdigest(content.encode("utf-8", "surrogatepass")))
 
+    def prompt_of(self, side: str | None) -> str | None:
+        """None: a language model has no prompts."""
+        return None
+
     def __call__(self, texts: list[str], side: str, prompt: str | None) -> list[list[int]]:
         """A text without a token of its own, behind the prompt and within the length, has none at all."""
         every = self._reader.ids([(prompt or "") + text for text in ("", *texts)])

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from embeddings.images.folder import add_images, as_texts, reader_of, refuse_other_template
 from embeddings.images.reader import ImageReader, positions
 from embeddings.images.text import ImageText
+from embeddings.model import prompt_name
 from embeddings.training import decoder, lora, packing
 from embeddings.training.checkpointing import Learner
 from embeddings.training.data_settings import SIDES
@@ -129,11 +130,12 @@ class Backbone(Learner):
 
     @property
     def tokenizer_digest(self) -> str:
-        """Of all that a text's token ids depend on: tokenizer, chat template, lengths. Equal digests, equal ids."""
+        """Of all that a text's token ids depend on: tokenizer, chat template, lengths, prompts. Equal digests, equal ids."""
         first, tokenizer = self.transformer[0], self.transformer.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)  # what is not fast has none
         state = json.loads(backend.to_str()) if backend else {**tokenizer.get_vocab(), "": tokenizer.init_kwargs}
         state = {key: value for key, value in state.items() if key not in ("padding", "truncation")}  # of the last call
+        prompts = dict(self.transformer.prompts or {})
         settings = [
             type(tokenizer).__name__,
             tokenizer.truncation_side,
@@ -142,9 +144,16 @@ class Backbone(Learner):
             str(tokenizer.chat_template) if "message" in first.modality_config else None,
             first.processing_kwargs,
             self._masks_prompt,
+            *([self.transformer.default_prompt_name, prompts] if any(prompts.values()) else []),
         ]
         content = json.dumps([state, settings], sort_keys=True, default=str)
         return str(xxhash.xxh3_128_hexdigest(content.encode("utf-8", "surrogatepass")))
+
+    def prompt_of(self, side: str | None) -> str | None:
+        """What the model itself puts before a text: a "query", a "document", or, None, one of which it is neither."""
+        prompts = self.transformer.prompts or {}
+        name = prompt_name(prompts, self.transformer.default_prompt_name, side)
+        return None if name is None else prompts[name]
 
     def tokenize(self, texts: Sequence[str], side: str, prompt: str | None = None) -> list[list[int]]:
         """Token ids of each text with the prompt before it, cut to the side's length, special tokens among them.

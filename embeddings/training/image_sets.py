@@ -140,7 +140,9 @@ def _set_of(
     if not (folder / _MARKER).is_file():
         with staged(folder, force=True, marker=_MARKER) as staging:
             for side, texts in columns.items():
-                with closing(TableWriter(staging / side, partial(tokenize, side=side, prompt=None))) as writer:
+                # what stands behind an image has no prompt before it
+                prompt = tokenize.prompt_of(side) if side == "document" else None
+                with closing(TableWriter(staging / side, partial(tokenize, side=side, prompt=prompt))) as writer:
                     np.save(staging / f"{side}.npy", writer.add(texts))
             (staging / _MARKER).write_text("{}", encoding="utf-8")
     tables = {side: TokenTable(folder / side) for side in columns}

@@ -149,6 +149,9 @@ class Tokenizer:
     def digest(self) -> str:
         return self.backbone.tokenizer_digest
 
+    def prompt_of(self, side: str | None) -> str | None:
+        return self.backbone.prompt_of(side)
+
     def __call__(self, texts: list[str], side: str, prompt: str | None) -> list[list[int]]:
         return self.backbone.tokenize(texts, side, prompt)
 

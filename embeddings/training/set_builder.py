@@ -14,7 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from embeddings.training.config import TrainingConfig
-from embeddings.training.data_settings import GRADED, DataSettings
+from embeddings.training.data_settings import GRADED, SIDES, SYMMETRIC, DataSettings
 from embeddings.training.partners import NEGATIVES, Partners, of_labels, of_scores
 from embeddings.training.rows import Example, examples
 from embeddings.training.token_table import Ragged, TableWriter, offsets_of
@@ -30,10 +30,13 @@ class Tokenize(Protocol):
 
     @property
     def digest(self) -> str:
-        """Of all that the ids depend on but the prompt: tokenizer, lengths, what is appended."""
+        """Of all that the ids depend on but a prompt of the user's: tokenizer, lengths, what is appended, the model's prompts."""
+
+    def prompt_of(self, side: str | None) -> str | None:
+        """The model's own prompt for a "query" or a "document"; for a text that is neither, None."""
 
     def __call__(self, texts: list[str], side: str, prompt: str | None) -> list[list[int]]:
-        """Ids of each text; `side` is "query" or "document", a prompt of None the model's own."""
+        """Ids of each text behind the prompt; `side` is "query" or "document", which decides about the length."""
 
 
 @dataclass
@@ -90,7 +93,7 @@ class SetBuilder:
 
     def _writers(self, folder: Path, open_tables: ExitStack) -> tuple[TableWriter, TableWriter]:
         def writer(side: str) -> TableWriter:
-            prompt = self.settings.prompt_of(side)
+            prompt = self._prompt(side)
             table = TableWriter(folder / side, lambda texts: self.tokenize(texts, side, prompt))
             return open_tables.enter_context(closing(table))
 
@@ -100,8 +103,14 @@ class SetBuilder:
     def _sides_read_alike(self) -> bool:
         """Whether a text has the same tokens on both sides: prompts, lengths, and whatever else the model does."""
         probe = ["one", "two words " * max(self.config.max_length.values())]
-        query, document = (self.tokenize(probe, side, self.settings.prompt_of(side)) for side in ("query", "document"))
+        query, document = (self.tokenize(probe, side, self._prompt(side)) for side in SIDES)
         return query == document
+
+    def _prompt(self, side: str) -> str | None:
+        """What stands before the texts of a side: the user's, else the model's; of symmetric tasks as the model has no sides."""
+        if self.settings.prompt is not None:
+            return self.settings.prompt_of(side)
+        return self.tokenize.prompt_of(None if self.settings.type in SYMMETRIC else side)
 
     def _source(self) -> Iterator[Example]:
         settings = self.settings

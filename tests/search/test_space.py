@@ -54,6 +54,26 @@ def test_a_coefficient_per_module_kind_of_a_parameter_of_all_models() -> None:
     }
 
 
+@pytest.mark.parametrize("method", ["linear", "multislerp"])
+def test_weights_of_nothing_that_are_divided_by_their_sum_are_equal_ones(method: str) -> None:
+    found = space(method)
+    nothing = dict.fromkeys(names(found), 0.0)
+    assert found.coefficients(nothing)["weight"] == [1.0, 1.0]
+    assert found.coefficients({**nothing, "weight.1": 1e-9})["weight"] == [0.0, 1e-9]
+    layers = space(method, weight=Vary(low=0, high=1, per="layers"))
+    point = {d.name: float(d.group == "layer.0") for d in layers.dimensions}
+    weights = layers.coefficients(point)["weight"]
+    assert set(map(tuple, weights.values())) == {(1.0, 1.0)}
+
+
+def test_weights_of_nothing_stay_what_they_are_where_nothing_divides() -> None:
+    assert space().coefficients({"weight.0": 0.0, "weight.1": 0.0})["weight"] == [0.0, 0.0]
+    chosen = space(normalize=Vary(choices=(True, False)), weight=Vary(low=0, high=1, per="model"))
+    for normalize, wanted in ((True, [1.0, 1.0]), (False, [0.0, 0.0])):
+        point = {"weight.0": 0.0, "weight.1": 0.0, "normalize": normalize}
+        assert chosen.coefficients(point)["weight"] == wanted
+
+
 def test_what_is_fixed_comes_through() -> None:
     found = space(weight=Vary(low=0, high=1, per="all"), lambda_=Vary(value=0.5), normalize=Vary(choices=(True, False)))
     assert names(found) == ["weight", "normalize"]

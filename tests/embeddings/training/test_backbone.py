@@ -18,6 +18,7 @@ from embeddings.training.backbone import Backbone, open_backbone
 from embeddings.training.config import ModelSettings
 from merging.errors import CuveeError
 from tests.architectures import ARCHITECTURES
+from tests.embeddings.runs import config_of, sets_of
 
 TEXTS = [
     "a short one",
@@ -295,3 +296,49 @@ def test_settings_that_do_not_fit_are_refused_where_they_stand(minilm: Path) -> 
         opened(minilm, {"query": 5})
     with pytest.raises(CuveeError, match="no folder of that name"):
         opened(Path("nobody/nothing"))
+
+
+PROMPTS = {"query": "Ask: ", "document": "Told: ", "plain": "Text: "}
+OF_TYPES = """\
+  - {file: word.jsonl}
+  - {file: pairs.jsonl, type: STS}
+  - {file: word.jsonl, name: own, prompt: {query: "Mine: "}}
+  - {file: word.jsonl, name: none, prompt: ""}
+"""
+
+
+@pytest.mark.parametrize("default", [None, "plain"])
+def test_the_models_own_prompts_stand_before_texts_as_where_it_is_used(
+    minilm: Path, tmp_path: Path, default: str | None
+) -> None:
+    """What `encode_query`, `encode_document` and `encode` put there; what the data say instead wins."""
+    from sentence_transformers import SentenceTransformer
+
+    folder = tmp_path / "model"
+    SentenceTransformer(str(minilm), device="cpu", prompts=PROMPTS, default_prompt_name=default).save(str(folder))
+    config = config_of(tmp_path / "data", folder, data=OF_TYPES)
+    sets = {found.name: found for found in sets_of(config, tmp_path / "cache")}
+    plain = SentenceTransformer(str(folder), device="cpu")
+    words = plain.tokenizer
+    before = {
+        "word": (PROMPTS["query"], PROMPTS["document"]),
+        "pairs": (PROMPTS["plain"] if default else "",) * 2,
+        "own": ("Mine: ", ""),
+        "none": ("", ""),
+    }
+    for name, sides in before.items():
+        found = sets[name]
+        for table, number, prompt in zip(
+            (found.query_tokens, found.document_tokens), (found.queries[0], found.positives[0][0]), sides, strict=True
+        ):
+            wanted = words(prompt + table.text(int(number)), truncation=True, max_length=16)["input_ids"]
+            assert table[int(number)].tolist() == wanted, name
+    backbone, texts = open_backbone(config.model, max_length=config.max_length, device="cpu"), ["a short text"]
+    used = {"query": plain.encode_query, "document": plain.encode_document, None: plain.encode}
+    for side, encode in used.items():
+        ids = backbone.tokenize(texts, side or "document", backbone.prompt_of(side))
+        with torch.inference_mode():
+            vectors = backbone.vectors([np.array(own, np.int32) for own in ids]).numpy()
+        np.testing.assert_allclose(vectors, encode(texts), atol=1e-5)
+    bare = open_backbone(ModelSettings(str(minilm)), max_length=config.max_length, device="cpu")
+    assert bare.tokenizer_digest != backbone.tokenizer_digest

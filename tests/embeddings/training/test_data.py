@@ -29,6 +29,9 @@ class Words:
     def __init__(self, digest: str = "words") -> None:
         self.digest, self.seen, self.most = digest, 0, 0
 
+    def prompt_of(self, side: str | None) -> str | None:
+        return None
+
     def __call__(self, texts: list[str], side: str, prompt: str | None) -> list[list[int]]:
         self.seen += len(texts)
         self.most = max(self.most, len(texts))
