@@ -98,6 +98,9 @@ def test_mined_sets_are_cached_and_nothing_is_said(
     class Letters:
         digest = "letters"
 
+        def prompt_of(self, side: str | None) -> str | None:
+            return None
+
         def __call__(self, texts: list[str], side: str, prompt: str | None) -> list[list[int]]:
             return [list(map(ord, text)) for text in texts]
 
