@@ -128,7 +128,7 @@ def test_the_page_on_training_shows_what_can_be_trained(tmp_path: Path, monkeypa
     assert {data.name for data in read.data} == {"word", "phenotype", "pairs", "all-nli-triplet"}
     assert [images.data.name for images in read.images] == ["images"]
     Path("new.yml").write_text(update, encoding="utf-8")
-    assert [data.type for data in config.data_settings("new.yml")] == ["Classification"]
+    assert [data.type for data in config.data_settings("new.yml")[0]] == ["Classification"]
     passages = [
         {"text": text, "utility": utility, "correct": True} for text, utility in (("a", 0.9), ("b", 0.9), ("c", 0.2))
     ]
@@ -136,7 +136,7 @@ def test_the_page_on_training_shows_what_can_be_trained(tmp_path: Path, monkeypa
     (code,) = code_blocks(page, "python")
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout == "1 rows\n"
-    (row,) = examples(config.data_settings("rows.jsonl.gz")[0])
+    (row,) = examples(config.data_settings("rows.jsonl.gz")[0][0])
     assert (row.query, row.positives, row.negatives) == ("q", ("a", "b"), ("c",))
 
 

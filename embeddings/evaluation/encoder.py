@@ -134,10 +134,8 @@ class Encoder:
         """
         from mteb.models.abs_encoder import get_prompt_name
 
-        name, side = (
-            get_prompt_name(self.prompts, task_metadata, prompt_type),
-            prompt_type.value if prompt_type else None,
-        )
+        side = prompt_type.value if prompt_type else None
+        name = get_prompt_name(self.prompts, task_metadata, prompt_type)
         if name is None:
             name = prompt_name(self.prompts, getattr(self.model, "default_prompt_name", None), side)
         return (None if name is None else self.prompts[name]), side

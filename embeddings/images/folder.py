@@ -67,7 +67,7 @@ def reader_of(folder: Path, tokenizer: Any, base: str) -> ImageReader | None:
 
 def refuse_other_template(folder: Path, ref: str) -> None:
     """Raises CuveeError of an embedding model of images whose template is not the one that is written here."""
-    if (folder / "modules.json").is_file() and reads_images(folder) and not _has_our_template(folder):
+    if reads_images(folder) and _adds_texts(folder):
         what = "puts texts of its own around what it embeds, by its chat template, which is not supported"
         raise CuveeError(what, where=ref, mend="take the plain vision–language model that it was made from")
 
@@ -80,8 +80,7 @@ def as_texts(folder: Path) -> Iterator[Path]:
     reads. In that folder sentence-transformers finds a tokenizer in its place. One whose template adds to its texts stays
     as it is.
     """
-    embeds = (folder / "modules.json").is_file()
-    if not reads_images(folder) or (embeds and not _has_our_template(folder)):
+    if not reads_images(folder) or _adds_texts(folder):
         yield folder
         return
     with TemporaryDirectory(prefix="cuvee-texts-") as scratch:
@@ -116,9 +115,8 @@ def add_images(folder: Path, reader: ImageReader, longest: int) -> None:
     modalities: dict[str, Any] = dict.fromkeys(_MODALITIES, how)
     modalities["message"] = {**how, "format": "structured"}
     plain = {key: value for key, value in settings.items() if key != "max_seq_length"}
-    _write(
-        folder / _SETTINGS, {**plain, "modality_config": modalities, "unpad_inputs": False}
-    )  # its positions do not bear it
+    plain["unpad_inputs"] = False  # its positions do not bear it
+    _write(folder / _SETTINGS, {**plain, "modality_config": modalities})
     kind = read_json(folder / "config.json").get("model_type")
     (folder / "README.md").write_text(_CARD.format(kind=kind), encoding="utf-8")
 
@@ -141,12 +139,14 @@ def most_tokens(folder: Path, merge: int) -> int:
     return pixels // (int(found.get("patch_size", 14)) * merge) ** 2 + 2
 
 
-def _has_our_template(folder: Path) -> bool:
-    """Whatever the marks of an image are: they are the model's own."""
+def _adds_texts(folder: Path) -> bool:
+    """Whether it is an embedding model by another template than ours; the marks of an image are the model's own."""
+    if not (folder / "modules.json").is_file():
+        return False
     before, after = _TEMPLATE.split("IMAGE")
     file = folder / _TEMPLATE_FILE
     own = file.read_text(encoding="utf-8") if file.is_file() else ""
-    return own.startswith(before) and own.endswith(after)
+    return not (own.startswith(before) and own.endswith(after))
 
 
 def _without(file: Path, key: str) -> None:

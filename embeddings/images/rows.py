@@ -9,10 +9,10 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
 from embeddings.images.reader import ImageReader, no_images
@@ -20,7 +20,8 @@ from embeddings.images.settings import ImageSettings
 from embeddings.training import hub_data
 from embeddings.training.data_settings import DataSettings
 from embeddings.training.hub_data import HubRevisions
-from embeddings.training.source_digests import FileDigests
+from embeddings.training.rows import limited
+from embeddings.training.source_digests import FileDigests, source_digest
 from merging.errors import CuveeError
 from merging.output import staged
 from merging.progress import Work
@@ -139,11 +140,7 @@ def _stamp(file: Path) -> list[int]:
 
 def _key(entry: ImageSettings, files: FileDigests, seed: int) -> str:
     data = entry.data
-    source = (
-        [files.of_model(data.hub, data.revision), data.subset, data.split]
-        if data.hub is not None
-        else [[file, files.of(Path(file), data.where)] for file in data.files]
-    )
+    source = [source_digest(data, files), list(data.files)]  # an image's path begins at its table
     drawn = None if data.limit is None else [data.limit, seed]
     content = ["images", _FORM, source, dict(entry.columns), entry.skip_broken, drawn]
     return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
@@ -155,7 +152,7 @@ def _write(entry: ImageSettings, reader: ImageReader, staging: Path, seed: int, 
     digest, rows, sizes, broken, stamps = xxhash.xxh3_128(), [], {}, [], {}
     first: dict[bytes, str] = {}  # the file of each image by its digest
     count = 0
-    for number, (where, near, raw) in enumerate(_drawn(entry.data, seed)):
+    for number, (where, near, raw) in enumerate(limited(partial(_raw, entry.data), entry.data.limit, seed)):
         count += 1
         progress(f"read {name}", number, 0)
         caption, query = _text(entry, raw, "text", where), _text(entry, raw, "query", where)
@@ -175,7 +172,7 @@ def _write(entry: ImageSettings, reader: ImageReader, staging: Path, seed: int, 
                 raise CuveeError(error.what, where=where, mend=mend) from None
             broken.append(f"{where}: {error.what}")
             continue
-        own = xxhash.xxh3_128_digest(file.read_bytes())
+        own = xxhash.xxh3_128_digest(file.read_bytes() if content is None else content)
         digest.update(own + json.dumps([caption, query]).encode())
         path = str(file) if content is None else file.name
         sizes[first.setdefault(own, path)] = [width, height]
@@ -189,16 +186,6 @@ def _write(entry: ImageSettings, reader: ImageReader, staging: Path, seed: int, 
     notes = [left_out + broken[0]] if broken else []
     told = {"digest": f"xxh3:{digest.hexdigest()}", "rows": rows, "sizes": sizes, "notes": notes, "stamps": stamps}
     (staging / _MARKER).write_text(json.dumps(told), encoding="utf-8")
-
-
-def _drawn(data: DataSettings, seed: int) -> Iterator[tuple[str, Path | None, Mapping[str, Any]]]:
-    """The rows that are read: all, or as many as the limit allows."""
-    count = sum(1 for _ in _raw(data)) if data.limit is not None else 0
-    if data.limit is None or count <= data.limit:
-        return _raw(data)
-    keep = np.zeros(count, bool)
-    keep[np.random.default_rng(seed).permutation(count)[: data.limit]] = True
-    return (row for row, kept in zip(_raw(data), keep, strict=True) if kept)
 
 
 def _raw(data: DataSettings) -> Iterator[tuple[str, Path | None, Mapping[str, Any]]]:

@@ -12,7 +12,7 @@ A row is an image, a `text` that belongs to it, and, where there is one, a `quer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +39,11 @@ class ImageSettings:
     data: DataSettings
     columns: Mapping[str, str] = field(default_factory=dict)
     skip_broken: bool = False
+
+
+def of_both(data: Sequence[DataSettings], images: Sequence[ImageSettings]) -> tuple[DataSettings, ...]:
+    """The data sets of texts and those of images, as such."""
+    return (*data, *(each.data for each in images))
 
 
 def image_settings(root: Node, near: Path) -> tuple[ImageSettings, ...]:

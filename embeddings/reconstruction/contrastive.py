@@ -58,7 +58,7 @@ def check_contrastive(
         check_claim(run, "train", after, force=False)
     with TemporaryDirectory(prefix="cuvee-images-") as scratch:
         others = [own for own in after.images if not _is_among(own, config.images)]
-        read_images(others, images, Path(scratch), after.seed, _silent)
+        read_images(others, images, Path(scratch), after.seed, lambda what, done, total: None)
     for own in after.data:
         found = next((each for each in sets if _source(each.settings) == _source(own)), None)
         if found is not None:
@@ -86,10 +86,6 @@ def train_contrastive(
     if "model" in done and card.is_file():  # it attends as the model does that it was trained from
         write_whole(Path(done["model"]) / CARD, card.read_text(encoding="utf-8"))
     return done
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    pass
 
 
 def _is_among(own: ImageSettings, others: Sequence[ImageSettings]) -> bool:

@@ -179,7 +179,7 @@ def read_data(
     config: PretrainingConfig, reader: Reader, cache: Path, progress: Work, note: Note, *, fresh: bool = False
 ) -> Data:
     sets = read_sets(config, reader, cache, progress, fresh=fresh)
-    images = read_image_rows(config.images, reader, cache, config.seed, progress, fresh=fresh) if config.images else []
+    images = read_image_rows(config.images, reader, cache, config.seed, progress, fresh=fresh)
     found = Data(sets, images, hold_out(config, sets, images), reader)
     for line in (line for each in found.all for line in each.notes):
         note(line)

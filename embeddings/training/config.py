@@ -29,7 +29,7 @@ from typing import Any
 
 from embeddings.evaluation import suite
 from embeddings.evaluation.suite_settings import suite_folder, suite_tasks
-from embeddings.images.settings import ImageSettings, image_settings
+from embeddings.images.settings import ImageSettings, image_settings, of_both
 from embeddings.training.config_check import check_data_loss, refuse_unknown_names
 from embeddings.training.data_settings import (
     SIDES,
@@ -72,7 +72,6 @@ __all__ = [
     "ModelSettings",
     "SearchSettings",
     "TrainingConfig",
-    "data_file_settings",
     "data_settings",
     "load",
     "model_settings",
@@ -250,12 +249,7 @@ def of_node(root: Node, yaml: str, where: str) -> TrainingConfig:
     return config
 
 
-def data_settings(path: str | os.PathLike[str]) -> tuple[DataSettings, ...]:
-    """The data sets of texts that `data_file_settings` reads."""
-    return data_file_settings(path)[0]
-
-
-def data_file_settings(path: str | os.PathLike[str]) -> tuple[tuple[DataSettings, ...], tuple[ImageSettings, ...]]:
+def data_settings(path: str | os.PathLike[str]) -> tuple[tuple[DataSettings, ...], tuple[ImageSettings, ...]]:
     """What `--data` names: a YAML with `data:` and `images:` (or the list of `data:` alone), or a bare table of pairs.
 
     Raises:
@@ -273,7 +267,7 @@ def data_file_settings(path: str | os.PathLike[str]) -> tuple[tuple[DataSettings
         if not isinstance(root.value, dict):
             raise CuveeError("is no mapping", where=root.where, mend="write 'data:' and a list of data sets")
         data, images = data_and_images(root, file.parent)
-    for each in (*data, *(own.data for own in images)):
+    for each in of_both(data, images):
         check_data_loss(each, {})
     return data, images
 
@@ -284,7 +278,7 @@ def data_and_images(root: Node, near: Path) -> tuple[tuple[DataSettings, ...], t
     if given(root, "data") is None and images:
         return (), images
     data = data_sets(root, near)
-    refuse_twins([*data, *(each.data for each in images)])
+    refuse_twins(of_both(data, images))
     return data, images
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from embeddings.images.settings import of_both
 from embeddings.training import losses, schedule
 from embeddings.training.data_settings import GRADED, DataSettings, LossSettings
 from merging import handover, methods
@@ -21,7 +22,7 @@ def refuse_unknown_names(config: TrainingConfig) -> None:
     _check_merge(config.merge)
     _check_search(config)
     _check_loss(config.loss, {})
-    for data in (*config.data, *(each.data for each in config.images)):
+    for data in of_both(config.data, config.images):
         check_data_loss(data, config.loss.parameters)
 
 

@@ -26,6 +26,6 @@ def write_core(sets: Sequence[TrainingSet], rows: Rows, folder: Path) -> None:
     (folder / DATA_FILE).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_row_numbers(folder / ROWS, rows)
-    of_images = [isinstance(each.query_tokens, ImageTable) for each in sets]
-    images = write_image_rows([each for each, own in zip(sets, of_images, strict=True) if own], rows, folder)
-    write_rows([each for each, own in zip(sets, of_images, strict=True) if not own], rows, folder, images)
+    texts = [each for each in sets if not isinstance(each.query_tokens, ImageTable)]
+    images = [each for each in sets if isinstance(each.query_tokens, ImageTable)]
+    write_rows(texts, rows, folder, write_image_rows(images, rows, folder))

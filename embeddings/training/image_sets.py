@@ -79,7 +79,7 @@ def load_image_sets(
     *,
     fresh: bool = False,
 ) -> list[TrainingSet]:
-    """The data sets of images of a configuration, from the cache or from their sources.
+    """The data sets of images of a configuration that has some, from the cache or from their sources.
 
     Rows that have an image's own marks for a word are left out, which a note says.
 
@@ -91,8 +91,6 @@ def load_image_sets(
     Raises:
         CuveeError: at file and row, for one that is wrong; the model reads no images.
     """
-    if not config.images:
-        return []
     read = read_images(config.images, reader, cache, config.seed, progress, fresh=fresh)
     assert reader is not None  # read_images has refused it
     return [_set_of(found, config, tokenize, reader, cache) for found in read]

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from embeddings.evaluation import suite
 from embeddings.training import hub_data
@@ -17,6 +19,7 @@ from merging.setting import did_you_mean, quoted
 from merging.tables import as_number, raw_rows
 
 _Raw = Mapping[str, Any]
+_Row = TypeVar("_Row")
 _OPTIONAL = ("negative", "teacher")
 
 
@@ -38,6 +41,20 @@ class Example:
     label: str | int | None = None
     score: float | None = None
     teacher: tuple[float, ...] = ()
+
+
+def limited(rows: Callable[[], Iterator[_Row]], limit: int | None, seed: int) -> Iterator[_Row]:
+    """The rows of a source: all, or as many as the limit allows, drawn by the seed and in their order.
+
+    Args:
+        rows: reads the source from its beginning; called twice where there is a limit.
+    """
+    count = sum(1 for _ in rows()) if limit is not None else 0
+    if limit is None or count <= limit:
+        return rows()
+    keep = np.zeros(count, bool)
+    keep[np.random.default_rng(seed).permutation(count)[:limit]] = True
+    return (row for row, kept in zip(rows(), keep, strict=True) if kept)
 
 
 def examples(settings: DataSettings) -> Iterator[Example]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from embeddings.training.config import TrainingConfig
 from embeddings.training.data_settings import GRADED, SIDES, SYMMETRIC, DataSettings
 from embeddings.training.partners import NEGATIVES, Partners, of_labels, of_scores
-from embeddings.training.rows import Example, examples
+from embeddings.training.rows import Example, examples, limited
 from embeddings.training.token_table import Ragged, TableWriter, offsets_of
 from merging.errors import CuveeError
 from merging.progress import Work
@@ -114,13 +115,7 @@ class SetBuilder:
 
     def _source(self) -> Iterator[Example]:
         settings = self.settings
-        rows = examples(settings)
-        if settings.limit is not None:
-            count = sum(1 for _ in examples(settings))
-            if count > settings.limit:
-                keep = np.zeros(count, bool)
-                keep[np.random.default_rng(self.config.seed).permutation(count)[: settings.limit]] = True
-                rows = (row for row, kept in zip(rows, keep, strict=True) if kept)
+        rows = limited(partial(examples, settings), settings.limit, self.config.seed)
         return self._mined(rows) if settings.mine is not None else rows
 
     def _mined(self, rows: Iterator[Example]) -> Iterator[Example]:

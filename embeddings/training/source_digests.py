@@ -27,7 +27,7 @@ def cache_key(settings: DataSettings, config: TrainingConfig, tokenizer: str, fi
     content = {
         "form": _FORM,
         "type": settings.type,
-        "source": _source_digest(settings, files),
+        "source": source_digest(settings, files),
         "columns": dict(settings.columns),
         "prompt": None if settings.prompt is None else dict(settings.prompt),
         "limit": settings.limit,
@@ -41,7 +41,8 @@ def cache_key(settings: DataSettings, config: TrainingConfig, tokenizer: str, fi
     return str(xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest())
 
 
-def _source_digest(settings: DataSettings, files: FileDigests) -> list[Any]:
+def source_digest(settings: DataSettings, files: FileDigests) -> list[Any]:
+    """What a data set is read from, by its content."""
     if settings.task is not None:
         tasks = {task.name: task for task in suite.load(settings.suite)}
         if settings.task not in tasks:

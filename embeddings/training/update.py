@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from embeddings.images.settings import of_both
 from embeddings.training import config as training_config
 from embeddings.training.bag import plan
 from embeddings.training.config import DataSettings, ImageSettings, TrainingConfig
@@ -68,7 +69,7 @@ def update_model(
     out, options = Path(out).absolute(), options or Options()
     progress, note = progress or (lambda what, done, total: None), note or (lambda line: None)
     past = read_past(model, base, core, config)
-    settings = _settings(past, *training_config.data_file_settings(data), seed)
+    settings = _settings(past, *training_config.data_settings(data), seed)
     refuse_device(options)
     if options.team.rank:
         return help_train(settings, out, options)
@@ -92,8 +93,7 @@ def update_model(
         sets = read_sets(settings, out, options, progress, note)
         job = _job(sets, settings, out, past)
         done = train_jobs(settings, sets, {_UPDATE: job}, out, options, progress)[_UPDATE]
-        texts, images = _core_of(past.core)
-        old = {each.name for each in (*texts, *(own.data for own in images))}
+        old = {each.name for each in of_both(*_kept(past.core))}
         new = [each for each in sets if each.name not in old]
         if past.percent and (options.force or not (out / CORE / DATA_FILE).is_file()):
             write_core(sets, _core_rows(settings, sets, new, past), out / CORE)
@@ -124,10 +124,8 @@ def _settings(
     past: Past, new: Sequence[DataSettings], new_images: Sequence[ImageSettings], seed: int | None
 ) -> TrainingConfig:
     """The model's own settings on new data and core set, in one model; names that clash get a number."""
-    old, old_images = _core_of(past.core)
-    taken = {
-        each.name.lower() for each in (*old, *(own.data for own in old_images))
-    }  # files on some disks know no case
+    old, old_images = _kept(past.core)
+    taken = {each.name.lower() for each in of_both(old, old_images)}  # files on some disks know no case
 
     def renamed(each: DataSettings) -> DataSettings:
         name, number = each.name, 2
@@ -146,8 +144,9 @@ def _settings(
     return config if seed is None else replace(config, seed=seed)
 
 
-def _core_of(core: Path | None) -> tuple[tuple[DataSettings, ...], tuple[ImageSettings, ...]]:
-    return training_config.data_file_settings(core) if core is not None else ((), ())
+def _kept(core: Path | None) -> tuple[tuple[DataSettings, ...], tuple[ImageSettings, ...]]:
+    """What a core set names."""
+    return training_config.data_settings(core) if core is not None else ((), ())
 
 
 def _job(sets: Sequence[TrainingSet], config: TrainingConfig, out: Path, past: Past) -> Job:

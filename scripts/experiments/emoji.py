@@ -35,9 +35,8 @@ import numpy as np
 from boom_lab import commit, read
 from boom_table import markdown, points
 
-from embeddings.reconstruction.batch import EOS, NO_LABEL, SOURCE, Row
-from embeddings.reconstruction.cocoa import Bridge, WarmUp, stacked
-from embeddings.reconstruction.images import pictures_of
+from embeddings.reconstruction.cocoa import Bridge, WarmUp
+from embeddings.reconstruction.measure import embed
 from embeddings.reconstruction.metrics import alignment, effective_rank, uniformity
 from embeddings.reconstruction.model import Reconstructor, open_reconstructor
 from embeddings.reconstruction.objective import Example, Objective
@@ -326,34 +325,20 @@ def contrast(model: Reconstructor, train: Sequence[Emoji], steps: int, seed: int
 
 def vectors(model: Reconstructor, rows: Sequence[Emoji], of: str) -> Any:
     """(rows, width): EOS behind each image, or behind each caption; of length one."""
-    import torch
-
     reader = reader_of(model)
     if of == "image":
         examples = [Example([], image=row.image) for row in rows]
     else:
         examples = [Example(ids) for ids in reader.ids([row.caption for row in rows])]
-    found = pictures_of(examples, reader)
-    made = []
-    for example, picture in zip(examples, found, strict=True):
-        before = [] if picture is None else reader.processor.ids(reader.processor.tokens(picture))
-        ids = np.array([*before, *example.source, reader.eos_id], np.int64)
-        segments = np.full(len(ids), SOURCE, np.int64)
-        segments[-1] = EOS
-        made.append(Row(ids, segments, np.full(len(ids), NO_LABEL)))
-    batch = stacked(made, found, "bidirectional", reader).to(model.device)
-    return torch.nn.functional.normalize(model.eos_states(model.hidden(batch), batch), dim=1)
+    return embed(model, examples, reader, "bidirectional")
 
 
 def scores(model: Reconstructor, rows: Sequence[Emoji]) -> dict[str, float]:
     """nDCG@10 both ways, and how the embeddings spread."""
     import torch
 
-    sides = []
     with torch.inference_mode():
-        for of in ("image", "caption"):
-            parts = [vectors(model, rows[start : start + 64], of) for start in range(0, len(rows), 64)]
-            sides.append(torch.cat(parts).cpu())
+        sides = [vectors(model, rows, of).cpu() for of in ("image", "caption")]
     likeness = (sides[0] @ sides[1].T).numpy()
     return {
         "image → caption": ndcg(likeness),

@@ -126,7 +126,7 @@ def test_the_core_set_reads_back_as_the_rows_it_was_drawn_from(
     run: Path, config: TrainingConfig, sets: list[TrainingSet], tmp_path: Path
 ) -> None:
     kept = np.load(run / "core" / "rows.npz")
-    read = replace(config, data=data_settings(run / "core" / "data.yml"))
+    read = replace(config, data=data_settings(run / "core" / "data.yml")[0])
     again = load_sets(read, Tokenizer(config), tmp_path)
     for before, after in zip(sets, again, strict=True):
         rows = kept[before.name]
@@ -233,7 +233,7 @@ def test_a_model_is_no_runs_folder(run: Path, config: TrainingConfig) -> None:
 
 def test_a_configuration_that_was_refused_is_mended_in_place(config: TrainingConfig, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("text,label\none,a\ntwo,b\n", "utf-8")
-    data = data_settings(tmp_path / "labels.csv")
+    data = data_settings(tmp_path / "labels.csv")[0]
     with pytest.raises(CuveeError, match=r"labels.csv:2: the row is a text and its label.*add 'type: Classification'"):
         train_run(replace(config, data=data), tmp_path / "run")
     assert plan(config, tmp_path / "run")["steps"] > 0

@@ -262,8 +262,8 @@ def test_new_data_are_a_list_a_mapping_or_a_bare_table(folder: Path) -> None:
     (folder / "list.yml").write_text("- file: faq.jsonl\n- pairs.csv\n", encoding="utf-8")
     (folder / "data.yml").write_text("data:\n- file: faq.jsonl\n- file: pairs.csv\n", encoding="utf-8")
     assert data_settings(folder / "list.yml") == data_settings(folder / "data.yml")
-    assert [data.name for data in data_settings(folder / "list.yml")] == ["faq", "pairs"]
-    bare = data_settings(folder / "more.jsonl.gz")
+    assert [data.name for data in data_settings(folder / "list.yml")[0]] == ["faq", "pairs"]
+    bare = data_settings(folder / "more.jsonl.gz")[0]
     assert bare[0].name == "more" and bare[0].files == (str(folder / "more.jsonl.gz"),)
     with pytest.raises(CuveeError, match="no such file"):
         data_settings(folder / "none.jsonl")

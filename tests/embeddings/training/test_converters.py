@@ -68,11 +68,11 @@ def test_files_are_converted_and_read_by_training(tmp_path: Path) -> None:
     (tmp_path / "scored.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     out = tmp_path / "rows.jsonl"
     assert write_jsonl(convert_candidates(tmp_path / "scored.jsonl"), out) == 1
-    (example,) = examples(data_settings(out)[0])
+    (example,) = examples(data_settings(out)[0][0])
     assert (example.query, example.positives, example.negatives) == ("q", ("a",), ("b",))
     packed = tmp_path / "rows.jsonl.gz"
     write_jsonl(convert_candidates(tmp_path / "scored.jsonl"), packed)
-    assert list(examples(data_settings(packed)[0])) == [example]
+    assert list(examples(data_settings(packed)[0][0])) == [example]
 
 
 def test_rows_are_written_all_or_none(tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ def test_a_scale_means_the_same_in_all_data_whatever_scores_they_have(
     grade = {"bad": 0, "fair": 1, "good": 2}
     for row in texts(text):
         assert row["score"] == 1 - abs(grade[row["sentence1"]] - grade[row["sentence2"]]) / 4
-    (core,) = data_settings(write_rows([new], {"new": [0, 1]}, tmp_path / "core"))
+    (core,) = data_settings(write_rows([new], {"new": [0, 1]}, tmp_path / "core"))[0]
     (again,) = load_sets(config, Words(), tmp_path / "cache", data=[core])
     assert core.scale is None and again.scores is not None and np.allclose(again.scores, [0.6, 0.8])
     stretched = load_one(make("- {file: new.jsonl, type: STS}"), tmp_path)
@@ -481,7 +481,7 @@ def test_written_rows_are_read_again(tmp_path: Path, make: Callable[..., Trainin
     before = {path.name: path.read_bytes() for path in (tmp_path / "core").iterdir()}
     write_rows(sets, rows, tmp_path / "core")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "core").iterdir()}
-    read = data_settings(file)
+    read = data_settings(file)[0]
     assert [data.loss for data in read] == [data.loss for data in config.data]
     assert [data.prompt for data in read] == [data.prompt for data in config.data]
     assert [data.weight for data in read] == [0.5, 1, 1, 1, 1, 1]

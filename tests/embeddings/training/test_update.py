@@ -71,7 +71,7 @@ def test_the_update_is_merged_in_with_equal_weight(place: Path, updated: dict[st
 
 
 def test_the_core_grows_by_the_same_share(place: Path, updated: dict[str, Any]) -> None:
-    core = data_settings(place / "updated" / "core" / "data.yml")
+    core = data_settings(place / "updated" / "core" / "data.yml")[0]
     assert [each.name for each in core] == ["word", "intent", "new"]
     assert names_in(place / "updated") == {"word": 4, "intent": 4, "new": 2}
 
