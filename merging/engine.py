@@ -1,29 +1,23 @@
-"""The engine: runs a recipe. Plan, read, compute, write; memory bounded by a chunk for each worker, whatever the models."""
+"""The engine: runs whatever recipe: builds it, with the statistics that it asks for, or hands it over to mergekit."""
 
 from __future__ import annotations
 
-import math
-import os
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from merging import handover, lineage, methods, recipe_statistics
+from merging.build import SHARD_SIZE, build, open_views, refuse_replacing, since, write_lineage
 from merging.checkpoint import Checkpoint
 from merging.errors import CheckpointError, MergeError
-from merging.execution import Execution, Progress
 from merging.mergekit_recipe import is_mixture, references
 from merging.methods import Method
 from merging.model_card import Ingredient, model_card
-from merging.output import refuse_existing, refuse_full_disk, staged
-from merging.plan import Plan, make_plan
+from merging.output import refuse_existing, staged
+from merging.progress import Progress
 from merging.recipe import Recipe, read_file
-from merging.sidefiles import copy_sidefiles
 from merging.views import View
-
-SHARD_SIZE = 5 * 10**9
 
 
 def merge(
@@ -77,14 +71,11 @@ def merge(
         )
     for line in recipe.check(entry, mergekit_only=reason is not None):
         note(line)
-    options = {"seed": seed, "device": device}
     if entry is None or reason is not None:
-        kept = {"shard_size": shard_size, "threads": threads, "trust_remote_code": trust_remote_code}
-        return _hand_over(
-            recipe.text, recipe.where, out, str(reason), relative_to, force, dry_run, note, {**options, **kept}
-        )
-    views = _open(recipe, entry, out, relative_to)
-    try:
+        kept = {"seed": seed, "device": device, "shard_size": shard_size}
+        kept |= {"threads": threads, "trust_remote_code": trust_remote_code}
+        return _hand_over(recipe.text, recipe.where, out, str(reason), relative_to, force, dry_run, note, kept)
+    with open_views(recipe, entry, out, relative_to) as views:
         recipe_statistics.attach(
             recipe,
             entry,
@@ -99,31 +90,10 @@ def merge(
             note=note,
         )
         recipe_statistics.refuse_other_scales(recipe, entry, views.models)
-        plan = make_plan(recipe, entry, views.models, views.base)
-        for line in plan.notes:
-            note(line)
-        summary = {**_summary(recipe, plan, views, out), **options}
-        _check_space(out, plan)
-        if dry_run:
-            return {**summary, "dry_run": True, "seconds": _since(began), "cuvee_version": lineage.cuvee_version()}
-        with staged(out, force=force) as staging:
-            execution = Execution(plan, seed, backend, device, threads or default_threads(), progress)
-            written = execution.run(staging, shard_size)
-            for line in execution.notes:
-                note(line)
-            inputs = [_input(view) for view in views.all]
-            digests = {str(i["model"]): str(i["digest"]) for i in inputs}
-            recipe_statistics.refuse_other_models(views.models, digests, views.base)
-            if execution.owners:
-                summary["owned"] = execution.owners.shares
-            _add_side_files(staging, recipe, entry, views, plan, digests, relative_to)
-            summary["seconds"] = _since(began)
-            more = {"recipe": recipe.text, "inputs": inputs, "output": written, "shard_size": shard_size}
-            _write_lineage(staging, summary, more, relative_to)
-        return {**summary, "digest": written, "cuvee_version": lineage.cuvee_version()}
-    finally:
-        for view in views.all:
-            view.close()
+        return build(
+            recipe, entry, views, out, seed=seed, device=device, threads=threads, force=force, dry_run=dry_run,
+            shard_size=shard_size, backend=backend, relative_to=relative_to, progress=progress, note=note, began=began,
+        )  # fmt: skip
 
 
 def merge_text(text: str, out: str | Path, *, where: str = "recipe", **options: Any) -> dict[str, Any]:
@@ -202,49 +172,6 @@ def _unchanged(past: dict[str, Any], where: str) -> Path:
     raise AssertionError
 
 
-def default_threads() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@dataclass
-class _Views:
-    models: list[View]
-    base: View | None  # where the method uses one
-    donor: View  # of config, tokenizer and all other files
-    all: list[View]
-
-
-def _open(recipe: Recipe, entry: Method, out: Path, relative_to: Path | None) -> _Views:
-    opened: dict[str, View] = {}
-
-    def view(ref: Any) -> View:
-        if str(ref) not in opened:
-            opened[str(ref)] = View.open(ref, relative_to)
-        return opened[str(ref)]
-
-    models = [view(source.model) for source in recipe.merged(entry)]
-    base = view(recipe.base_model) if recipe.base_model else None
-    _refuse_replacing(out, opened.values())
-    return _Views(models, base if entry.base != "none" else None, base or models[0], list(opened.values()))
-
-
-def _refuse_replacing(out: Path, views: Iterable[View]) -> None:
-    """Raises MergeError where an input lies at `out` or in it, by whatever name."""
-    real = Path(os.path.realpath(out))
-    folders = [
-        f for view in views for f in (view.checkpoint.path, *([view.adapter.file.parent] if view.adapter else []))
-    ]
-    if any(real in (folder.resolve(), *folder.resolve().parents) for folder in folders):
-        raise MergeError("the output would replace an input", where=str(out), mend="choose another folder")
-
-
-def _input(view: View) -> dict[str, Any]:
-    """What a lineage says of a model that went in."""
-    place = {"model": str(view.ref), "path": str(view.checkpoint.path)}
-    return {**place, "digest": view.digest(), "notes": list(view.notes), **recipe_statistics.described(view)}
-
-
 def _hand_over(
     text: str,
     where: str,
@@ -259,7 +186,7 @@ def _hand_over(
     """Lets mergekit run the whole recipe, and finishes its output like any of ours."""
     began = time.perf_counter()
     views = [View.open(ref, relative_to) for ref in references(text, where, relative_to)]
-    _refuse_replacing(out, views)
+    refuse_replacing(out, views)
     note(f"handed over to mergekit: {reason}")
     method = "moe" if is_mixture(text, where) else Recipe.parse(text, where).merge_method
     summary: dict[str, Any] = {
@@ -274,7 +201,7 @@ def _hand_over(
         "by": "mergekit",
     }
     if dry_run:
-        return {**summary, "dry_run": True, "seconds": _since(began), "cuvee_version": lineage.cuvee_version()}
+        return {**summary, "dry_run": True, "seconds": since(began), "cuvee_version": lineage.cuvee_version()}
     with staged(out, force=force) as staging:
         for line in handover.run(text, staging, where=where, relative_to=relative_to, **options):
             note(line)
@@ -294,78 +221,12 @@ def _hand_over(
             text, title=f"{method} merge", method=method, ingredients=ingredients, donor=donor, merged_by="mergekit"
         )
         (staging / "README.md").write_text(card, encoding="utf-8")
-        summary["seconds"] = _since(began)
+        summary["seconds"] = since(began)
         more = {"recipe": text, "inputs": inputs, "output": written, "shard_size": options["shard_size"]}
-        _write_lineage(staging, summary, more, relative_to)
+        write_lineage(staging, summary, more, relative_to)
     for view in views:
         view.checkpoint.close()
     return {**summary, "digest": written, "cuvee_version": lineage.cuvee_version()}
-
-
-def _add_side_files(
-    staging: Path,
-    recipe: Recipe,
-    entry: Method,
-    views: _Views,
-    plan: Plan,
-    digests: dict[str, str],
-    relative_to: Path | None,
-) -> None:
-    donor = views.donor.checkpoint
-    dtypes = {step.dtype for step in plan.steps if step.action == "merge"}
-    copy_sidefiles(
-        donor,
-        staging,
-        out_dtype=dtypes.pop() if len(dtypes) == 1 else None,
-        tokenizer_from=handover.tokenizer_donor(recipe, relative_to),
-        chat_template=recipe.chat_template,
-        inputs=[view.checkpoint.path for view in views.all],
-        weights=[str(file.relative_to(donor.path)) for file in donor.weight_files],
-    )
-    base = (
-        Ingredient(str(views.base.ref), views.base.checkpoint.path, digests[str(views.base.ref)])
-        if views.base
-        else None
-    )
-    ingredients = [Ingredient(str(v.ref), v.checkpoint.path, digests[str(v.ref)]) for v in views.models]
-    card = model_card(
-        recipe.text,
-        title=f"{entry.title} merge",
-        method=entry.title,
-        ingredients=ingredients,
-        base=base,
-        donor=donor.path,
-    )
-    (staging / "README.md").write_text(card, encoding="utf-8")
-
-
-def _write_lineage(staging: Path, summary: dict[str, Any], more: dict[str, Any], relative_to: Path | None) -> None:
-    folders = {
-        "working_directory": os.getcwd(),
-        "recipe_directory": str(relative_to.absolute()) if relative_to else None,
-    }
-    versions = lineage.versions("numpy", "numba", "torch", "xxhash")
-    content = {k: v for k, v in summary.items() if k != "out"}
-    lineage.write(staging, {**content, **more, **folders, "versions": versions})
-
-
-def _summary(recipe: Recipe, plan: Plan, views: _Views, out: Path) -> dict[str, Any]:
-    return {
-        "command": "merge",
-        "out": str(out),
-        "method": recipe.merge_method,
-        "models": [str(view.ref) for view in views.models],
-        "base": str(views.base.ref) if views.base else None,
-        "tensors": len(plan.steps),
-        "parameters": sum(math.prod(step.shape) for step in plan.steps),
-        "bytes_read": sum(step.nbytes - step.written for step in plan.steps),
-        "bytes_written": sum(step.written for step in plan.steps),
-    }
-
-
-def _check_space(out: Path, plan: Plan) -> None:
-    needed = sum(step.written for step in plan.steps) + sum(math.prod(shape) for _, shape in plan.owned)
-    refuse_full_disk(out, needed, "the result takes", "free some, choose another disk, or set a smaller 'out_dtype'")
 
 
 def _method(recipe: Recipe) -> Method | None:
@@ -376,7 +237,3 @@ def _method(recipe: Recipe) -> Method | None:
         if handover.has_method(recipe.merge_method):
             return None
         raise
-
-
-def _since(began: float) -> float:
-    return round(time.perf_counter() - began, 3)

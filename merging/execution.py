@@ -23,11 +23,11 @@ from merging.errors import MergeError
 from merging.inputs import CACHE_BYTES, Inputs, NonFinite, Workspace
 from merging.ownership import OwnershipWriter
 from merging.plan import Plan, Step, quoted_some
+from merging.progress import Progress
 from merging.random_streams import stream_key
 from merging.views import FileTensor, same_bytes
 
 #: Called with bytes done and bytes in all, from any worker.
-Progress = Callable[[int, int], None]
 _DEVICE_CACHE_BYTES = 256 << 20  # a chunk of all models on a GPU: large enough to hide the launch of its kernels
 _BLOCK = 1 << 20
 _T = TypeVar("_T")

@@ -22,11 +22,11 @@ from threadpoolctl import threadpool_limits
 
 from merging import kernels, layers, lineage
 from merging.checkpoint import FLOATING, TensorInfo
-from merging.engine import default_threads
 from merging.errors import CuveeError
-from merging.execution import Progress
 from merging.inputs import Inputs, Values, Workspace
 from merging.ownership import read_ownership
+from merging.processes import default_threads
+from merging.progress import Progress
 from merging.sources import ModelRef
 from merging.views import FileTensor, View, same_bytes
 

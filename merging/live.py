@@ -13,15 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from merging import layers, methods, recipe_statistics
+from merging import layers, methods, provenance, recipe_statistics
 from merging.checkpoint import Checkpoint
-from merging.engine import default_threads
 from merging.errors import CuveeError, MergeError
 from merging.live_recipe import Coefficients
 from merging.live_rewriting import Rewriting
 from merging.live_tensors import STORED, Storage
 from merging.loading import adapter_merged
 from merging.plan import Step, make_plan
+from merging.processes import default_threads
 from merging.recipe import Recipe
 from merging.sources import ModelRef
 from merging.views import View
@@ -116,7 +116,7 @@ class LiveMerge:
             self._plan = self._rewriting.hold(base_view, weights, self._storage, dtype)
             if any(view.statistics for view in views):
                 digests = {str(view.ref): view.digest() for view in [*views, base_view]}
-                recipe_statistics.refuse_other_models(views, digests, base_view)
+                provenance.refuse_other_models(views, digests, base_view)
         finally:
             for view in [*views, base_view]:
                 view.checkpoint.close()

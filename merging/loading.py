@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from merging.build import build_plain
 from merging.checkpoint import Checkpoint, read_json
 from merging.errors import CuveeError
 from merging.output import scratch
+from merging.recipe import Recipe
 from merging.sources import ModelRef
 
 #: Endings of `architectures` in config.json, and what such a model is.
@@ -128,14 +130,12 @@ def adapter_merged(model: ModelRef, folder: Path) -> Iterator[Path]:
     if model.adapter is None:
         yield folder
         return
-    from merging.engine import merge
-    from merging.recipe import Recipe
 
     with scratch(Path(tempfile.gettempdir()) / "cuvee-adapter") as place:
         recipe = Recipe(
             merge_method="linear", models=[{"model": model, "parameters": {"weight": 1.0}}], dtype="float32"
         )
-        merge(recipe, place / "model")
+        build_plain(recipe, place / "model")
         yield place / "model"
 
 

@@ -26,3 +26,8 @@ def own_gpu(device: str, number: int) -> str:
     import torch
 
     return f"cuda:{number % max(1, torch.cuda.device_count())}"
+
+
+def default_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-if TYPE_CHECKING:
-    from merging.execution import Progress
+#: Called with what is done and what there is in all, from any thread.
+Progress: TypeAlias = Callable[[int, int], None]
 
 _PATIENCE = 1.5  # seconds of work before a bar appears
 _LINE_EVERY = 10.0  # seconds, where there is no terminal for a bar

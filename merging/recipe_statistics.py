@@ -17,12 +17,13 @@ from merging import lineage
 from merging.errors import CuveeError, MergeError
 from merging.methods import Method
 from merging.progress import Note
+from merging.provenance import other_base, other_model
 from merging.recipe import Recipe
 from merging.sources import ModelRef, Source, StatsRef
-from merging.views import View
+from merging.views import View, fingerprint
 
 if TYPE_CHECKING:
-    from merging.statistics import Statistics
+    from merging.statistics.folder import Statistics
 
 
 def attach(
@@ -114,38 +115,6 @@ def _same_scale(taken: float | None, wanted: float | None) -> bool:
     return taken == wanted or math.isclose(1.0 if taken is None else taken, 1.0 if wanted is None else wanted)
 
 
-def refuse_other_models(models: Sequence[View], digests: Mapping[str, str], base: View | None = None) -> None:
-    """The certain check, once every byte of the models has been read: fingerprints may agree by chance.
-
-    Args:
-        digests: of the models' weights and the base's, by reference.
-
-    Raises:
-        MergeError: statistics of other weights.
-    """
-    for view in models:
-        known = view.statistics
-        if known and known.model_digest != digests[str(view.ref)]:
-            raise _other_model(known, view, str(known.path))
-        if known and known.base and base and known.base["digest"] != digests[str(base.ref)]:
-            raise _other_base(known, base, str(known.path))
-
-
-def described(view: View) -> dict[str, Any]:
-    """What a lineage says of a model's statistics; empty where it has none."""
-    known = view.statistics
-    if known is None:
-        return {}
-    content = {
-        "path": str(known.path.absolute()),
-        "kind": known.kind,
-        "examples": known.examples,
-        "digest": known.digest,
-        **({} if known.scale is None else {"scale": known.scale}),
-    }
-    return {"statistics": content}
-
-
 def refuse_changed(recipe: Recipe, past: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Raises CuveeError where a folder of statistics is not what it was in a past merge.
 
@@ -193,7 +162,7 @@ def _computed(
     Args:
         origin: base and scale, for statistics of the model scaled back to it; those of earlier scales go.
     """
-    from merging.statistics import collect, fingerprint, open_statistics
+    from merging.statistics import collect, open_statistics
 
     assert source.stats is not None
     data = _located(options.pop("data"), relative_to)
@@ -226,8 +195,6 @@ def _found(view: View) -> ModelRef:
 
 
 def _refuse_mismatch(folder: Statistics, source: Source, view: View, method: Method, base: View | None) -> None:
-    from merging.statistics import fingerprint
-
     where = source.stats.where if source.stats else ""
     if folder.kind not in method.statistics:
         takes = " or ".join(method.statistics)
@@ -237,24 +204,6 @@ def _refuse_mismatch(folder: Statistics, source: Source, view: View, method: Met
             mend=f"make them by 'cuvee stats --kind {method.statistics[0]}'",
         )
     if folder.fingerprint != fingerprint(view):
-        raise _other_model(folder, view, where)
+        raise other_model(folder, view, where)
     if folder.base and base and folder.base["fingerprint"] != fingerprint(base):
-        raise _other_base(folder, base, where)
-
-
-def _other_base(folder: Statistics, base: View, where: str) -> MergeError:
-    made_from = (folder.base or {}).get("ref", "another model")
-    return MergeError(
-        f"the statistics were made with another base ({made_from}) than {base.ref}",
-        where=where,
-        mend="make them anew by 'cuvee stats' with this base",
-    )
-
-
-def _other_model(folder: Statistics, view: View, where: str) -> MergeError:
-    made_from = folder.manifest["model"].get("ref", "another model")
-    return MergeError(
-        f"the statistics were made from other weights ({made_from}) than those of {view.ref}",
-        where=where,
-        mend="make them anew by 'cuvee stats' from the model itself",
-    )
+        raise other_base(folder, base, where)

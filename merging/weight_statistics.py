@@ -12,7 +12,7 @@ from merging.errors import MergeError
 from merging.inputs import Statistic, Values, Workspace
 
 if TYPE_CHECKING:
-    from merging.statistics import Statistics
+    from merging.statistics.folder import Statistics
 
 Floats = NDArray[np.float32]
 _INFINITY = np.uint32(0x7F800000)

@@ -37,7 +37,7 @@ SLICE = 1 << 20
 
 
 def main() -> None:
-    from merging.engine import default_threads
+    from merging.processes import default_threads
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(

@@ -39,8 +39,8 @@ from safetensors.numpy import load_file, save_file
 
 from merging.checkpoint import Checkpoint, CheckpointWriter
 from merging.sources import ModelRef
-from merging.statistics import fingerprint, write_statistics
-from merging.views import View
+from merging.statistics import write_statistics
+from merging.views import View, fingerprint
 
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # method: (parameters of the merge, of each model)
     "linear": ({}, {"weight": 1.0}),

@@ -14,8 +14,7 @@ from merging.errors import CuveeError
 from merging.live_recipe import filters_of
 from merging.recipe import Recipe
 from merging.sources import ModelRef, StatsRef
-from merging.statistics import fingerprint
-from merging.views import View
+from merging.views import View, fingerprint
 from search import engines
 from search.config import SearchConfig
 from search.space import GROUPINGS, Space, make_space

@@ -11,9 +11,8 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-from merging.engine import default_threads
 from merging.errors import CuveeError
-from merging.processes import die_with_parent, own_gpu
+from merging.processes import default_threads, die_with_parent, own_gpu
 from search import config as search_config
 from search.candidates import Candidates
 from search.choose import Trial

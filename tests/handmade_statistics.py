@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from merging.sources import ModelRef
-from merging.statistics import Statistics, fingerprint, open_statistics, write_statistics
-from merging.views import View
+from merging.statistics import Statistics, open_statistics, write_statistics
+from merging.views import View, fingerprint
 
 Array = np.ndarray[Any, Any]
 CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")  # GPT-2's, whose weights are (inputs, outputs)

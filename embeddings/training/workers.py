@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from embeddings.training.disk import disk_errors
 from embeddings.training.team import LostError, join
-from merging.engine import default_threads
 from merging.errors import CuveeError
-from merging.processes import die_with_parent, own_gpu
+from merging.processes import default_threads, die_with_parent, own_gpu
 
 if TYPE_CHECKING:
     from embeddings.training.options import Options

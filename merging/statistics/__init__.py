@@ -6,7 +6,6 @@ from merging.statistics.folder import (
     Statistics,
     StatsError,
     combine,
-    fingerprint,
     open_statistics,
     write_statistics,
 )
@@ -17,7 +16,6 @@ __all__ = [
     "StatsError",
     "collect",
     "combine",
-    "fingerprint",
     "open_statistics",
     "write_statistics",
 ]

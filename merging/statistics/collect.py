@@ -15,12 +15,12 @@ from merging.output import refuse_existing, refuse_full_disk
 from merging.setting import did_you_mean, quoted
 from merging.sources import ModelRef
 from merging.statistics.calibration import Calibration, draw
-from merging.statistics.folder import KINDS, StatsError, fingerprint, write_statistics
+from merging.statistics.folder import KINDS, StatsError, write_statistics
 from merging.statistics.job import Job
 from merging.statistics.network import HEADS, Network, head_of, open_network
 from merging.statistics.resume import Partial
 from merging.statistics.scaled import of_model, refuse_strangers, scaled
-from merging.views import View
+from merging.views import View, fingerprint
 
 if TYPE_CHECKING:
     from merging.progress import Note, Work

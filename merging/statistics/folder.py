@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from merging import lineage
@@ -28,13 +27,9 @@ from merging.checkpoint import Checkpoint, TensorInfo, preallocate, read_header
 from merging.errors import CuveeError
 from merging.output import staged
 
-if TYPE_CHECKING:
-    from merging.views import View
-
 KINDS = ("fisher", "moments", "gram")
 FILE = "statistics.safetensors"
 COMMAND = "stats"
-_HEAD = 4096  # bytes of each tensor that tell models apart before anything is read whole
 _BLOCK = 1 << 22  # elements combined at a time
 _ALIGN = 64
 
@@ -255,20 +250,6 @@ def combine(
     tensors: dict[str, Values] = {name: _mean(opened, name, shares) for name, shares in weights.items()}
     write_statistics(out, first.kind, tensors, manifest, force=force, shapes=shapes)
     return {"kind": first.kind, **{key: manifest[key] for key in ("examples", "parameters")}, "parts": len(opened)}
-
-
-def fingerprint(model: Checkpoint | View) -> str:
-    """Of the first 4 KiB of every tensor, and of an adapter's file: tells models apart in a moment, not with certainty."""
-    checkpoint = model if isinstance(model, Checkpoint) else model.checkpoint
-    digest = xxhash.xxh3_128()
-    for name, info in sorted(checkpoint.tensors.items()):
-        head = bytearray(min(_HEAD, info.nbytes))
-        checkpoint.read_into(info, 0, memoryview(head))
-        digest.update(f"{name}\0{info.dtype}\0{list(info.shape)}\0".encode("utf-8", "surrogatepass"))
-        digest.update(head)
-    adapter = None if isinstance(model, Checkpoint) else model.adapter
-    text = f"xxh3:{digest.hexdigest()}"
-    return f"{text}+{lineage.file_digest(adapter.file)}" if adapter else text
 
 
 def _refuse_unsound(manifest: Mapping[str, Any], where: Path) -> None:

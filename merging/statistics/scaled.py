@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from merging.build import build_plain
 from merging.output import scratch
+from merging.recipe import Recipe
 from merging.sources import ModelRef
 from merging.statistics.folder import StatsError
 from merging.statistics.job import Found
@@ -42,12 +44,9 @@ def scaled(model: ModelRef, base: ModelRef, scale: float, out: Path) -> Iterator
     Raises:
         CuveeError: they are not of one lineage, or there is no room.
     """
-    from merging.engine import merge
-    from merging.recipe import Recipe
-
     with scratch(out) as folder:
         entry = {"model": model, "parameters": {"weight": scale}}
-        merge(Recipe("task_arithmetic", [entry], base, dtype="float32", missing="keep"), folder / "model")
+        build_plain(Recipe("task_arithmetic", [entry], base, dtype="float32", missing="keep"), folder / "model")
         yield ModelRef(str(folder / "model"))
 
 

@@ -18,8 +18,8 @@ from merging import CuveeError, Recipe, methods
 from merging.errors import RecipeError
 from merging.lineage import FILE
 from merging.sources import ModelRef
-from merging.statistics import fingerprint, open_statistics
-from merging.views import View
+from merging.statistics import open_statistics
+from merging.views import View, fingerprint
 from tests.checkpoints import floats, read_model, tiny, write_model
 from tests.commands import run
 from tests.handmade_statistics import write_stats

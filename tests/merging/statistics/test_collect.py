@@ -17,10 +17,11 @@ import pytest
 from merging import CuveeError
 from merging.checkpoint import Checkpoint
 from merging.lineage import weights_digest
-from merging.statistics import collect, combine, fingerprint, open_statistics
+from merging.statistics import collect, combine, open_statistics
 from merging.statistics import resume as resuming
 from merging.statistics.collect import refuse_too_much
 from merging.statistics.job import micro_batches
+from merging.views import fingerprint
 from tests.commands import ROOT, environment, run
 from tests.merging.statistics.models import classifier, model, sentences
 

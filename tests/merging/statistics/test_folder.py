@@ -13,7 +13,8 @@ import pytest
 
 from merging import CuveeError
 from merging.checkpoint import Checkpoint
-from merging.statistics import StatsError, combine, fingerprint, open_statistics, write_statistics
+from merging.statistics import StatsError, combine, open_statistics, write_statistics
+from merging.views import fingerprint
 from tests.checkpoints import Tensors, read_model, some, tiny, write_model
 
 

@@ -15,8 +15,8 @@ import pytest
 import merging
 from merging import CuveeError, Recipe
 from merging.sources import ModelRef
-from merging.statistics import collect, combine, fingerprint, open_statistics
-from merging.views import View
+from merging.statistics import collect, combine, open_statistics
+from merging.views import View, fingerprint
 from tests.architectures import Family, build
 from tests.checkpoints import read_model, write_model
 from tests.commands import run, start
