@@ -82,6 +82,7 @@ def with_mteb(model: str, suite: Path | None, tasks: list[str] | None, folder: P
     import mteb
     from sentence_transformers import SentenceTransformer
 
+    from embeddings.evaluation.mteb_tasks import mteb_task
     from embeddings.evaluation.suite import load
 
     transformer = SentenceTransformer(model, device="cpu")
@@ -90,7 +91,7 @@ def with_mteb(model: str, suite: Path | None, tasks: list[str] | None, folder: P
         if tasks is None or task.name in tasks:
             results = mteb.ResultCache(folder / task.name)  # it knows neither models nor data by what is in them
             result = mteb.evaluate(
-                transformer, task.mteb_task(), cache=results, co2_tracker=False, show_progress_bar=False
+                transformer, mteb_task(task), cache=results, co2_tracker=False, show_progress_bar=False
             )
             scores[task.name] = float(result.task_results[0].get_score())
     return scores, -1

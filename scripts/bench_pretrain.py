@@ -33,8 +33,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from embeddings.reconstruction.batch import Batch
+    from embeddings.reconstruction.example import Example
     from embeddings.reconstruction.model import Reconstructor
-    from embeddings.reconstruction.objective import Example
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for a busy core slow all of them down
@@ -232,7 +232,7 @@ def random_model(work: str, options: argparse.Namespace, folder: Path) -> Path:
 
 def examples(work: str, model: Reconstructor, options: argparse.Namespace, scratch: Path) -> list[Example]:
     from embeddings.evaluation.suite import load
-    from embeddings.reconstruction.objective import Example
+    from embeddings.reconstruction.example import Example
 
     task = next(each for each in load() if each.name == options.task)
     rows = task.read("train")[: options.rows]

@@ -26,12 +26,16 @@ if TYPE_CHECKING:
     from merging.tables import Row
 
 
-def build(task: SuiteTask, split: str) -> AbsTask:
+def mteb_task(task: SuiteTask, split: str = "test") -> AbsTask:
     """An mteb task whose data are read from the suite's files when mteb asks for them.
 
     Each task has a class of its own: mteb looks for metadata and prompts there, and forgets those of an instance when
     it unloads the data.
+
+    Raises:
+        SuiteError: there is no such split.
     """
+    task.tables(split)
     licence = task.licence.lower()
     metadata = TaskMetadata(
         name=task.name,

@@ -36,7 +36,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 
@@ -48,9 +48,6 @@ from merging.node import Node
 from merging.recipe import read_file
 from merging.setting import did_you_mean, quoted, refuse_unknown_keys
 from merging.tables import Column, Row, read_table
-
-if TYPE_CHECKING:
-    from mteb.abstasks.abstask import AbsTask
 
 SHIPPED = Path(__file__).parent.parent / "data" / "suite"
 SPLITS = ("test", "validation", "train")
@@ -198,17 +195,6 @@ class SuiteTask:
         """Raises SuiteError if the task is not what it was when it was loaded: scores are kept under its digest."""
         if load_task(Path(self.where)).digest != self.digest:
             raise SuiteError("the task has changed since it was loaded", where=self.where, mend="run again")
-
-    def mteb_task(self, split: str = "test") -> AbsTask:
-        """An ordinary task of mteb that scores a model on a split; its data are read when they are needed.
-
-        Raises:
-            SuiteError: there is no such split.
-        """
-        self.tables(split)
-        from embeddings.evaluation.mteb_tasks import build
-
-        return build(self, split)
 
 
 def load(folder: str | Path | None = None) -> list[SuiteTask]:

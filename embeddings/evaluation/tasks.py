@@ -133,6 +133,12 @@ def _of_suite(task: suite.SuiteTask, split: str) -> Target:
         prompts = {task.name: task.prompt}
     elif task.prompt:
         prompts = {f"{task.name}-{kind}": text for kind, text in task.prompt.items()}
+
+    def fresh(seed: int) -> Any:
+        from embeddings.evaluation.mteb_tasks import mteb_task
+
+        return _fresh(mteb_task(task, split), seed)
+
     return Target(
         name=task.name,
         type=task.type,
@@ -141,7 +147,7 @@ def _of_suite(task: suite.SuiteTask, split: str) -> Target:
         dataset={"path": f"cuvee/{task.suite}/{task.name}", "revision": task.digest},
         splits=(split,),
         subsets=("default",),
-        fresh=lambda seed: _fresh(task.mteb_task(split), seed),
+        fresh=fresh,
         prompts=prompts,
     )
 

@@ -14,15 +14,9 @@ from numpy.typing import NDArray
 
 from embeddings.images.reader import Picture
 from embeddings.reconstruction.batch import EOS, SOURCE, TARGET, Batch, Counts, Row, stack
+from embeddings.reconstruction.example import Example
 from embeddings.reconstruction.images import ImageBatch, attached, pictures_of
-from embeddings.reconstruction.objective import (
-    Example,
-    Outcome,
-    bridged,
-    drawn,
-    masked_row,
-    predicted_mean,
-)
+from embeddings.reconstruction.objective import Outcome, bridged, drawn, masked_row, predicted_mean
 from embeddings.reconstruction.patches import patch_loss, with_masked_patches
 from embeddings.reconstruction.reader import Reader
 from merging.errors import CuveeError

@@ -30,6 +30,7 @@ from embeddings.images.settings import ImageSettings
 from embeddings.training import config as training
 from embeddings.training.config import ModelSettings, TrainingConfig
 from embeddings.training.data_settings import SIDES, DataSettings
+from embeddings.training.settings import without_places
 from merging import node
 from merging.errors import CuveeError
 from merging.fields import choice, flag, given, mapping, number, told_as
@@ -180,7 +181,7 @@ class PretrainingConfig:
 
     def plain(self) -> dict[str, Any]:
         """All settings that the pre-trained weights follow from, the defaults too, as JSON knows them."""
-        found = training.without_places(asdict(replace(self, contrastive=None)))
+        found = without_places(asdict(replace(self, contrastive=None)))
         for data in (*found["data"], *(each["data"] for each in found["images"])):
             del data["column_lines"]
         for stage in found["stages"]:

@@ -17,8 +17,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from embeddings.reconstruction.config import PretrainingConfig
+from embeddings.reconstruction.example import Example
 from embeddings.reconstruction.image_rows import ImageRows
-from embeddings.reconstruction.objective import Example
 from embeddings.reconstruction.reader import Reader
 from embeddings.training.data import GRADED, TrainingSet, load_sets
 from embeddings.training.data_settings import DataSettings

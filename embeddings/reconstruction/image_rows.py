@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from embeddings.images.rows import ImageSet, read_images
 from embeddings.images.settings import ImageSettings
-from embeddings.reconstruction.objective import Example
+from embeddings.reconstruction.example import Example
 from embeddings.reconstruction.reader import Reader
 from embeddings.training.data_settings import DataSettings
 from merging.progress import Work

@@ -15,7 +15,7 @@ from merging.errors import CuveeError
 if TYPE_CHECKING:
     import torch
 
-    from embeddings.reconstruction.objective import Example
+    from embeddings.reconstruction.example import Example
     from embeddings.reconstruction.reader import Reader
 
 

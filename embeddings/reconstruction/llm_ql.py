@@ -10,8 +10,9 @@ import numpy as np
 
 from embeddings.reconstruction.batch import NO_LABEL, TARGET, Batch, Counts, Row, stack
 from embeddings.reconstruction.cocoa import needed_target
+from embeddings.reconstruction.example import Example
 from embeddings.reconstruction.images import refuse_images
-from embeddings.reconstruction.objective import Example, Outcome, bridged, cross_entropy
+from embeddings.reconstruction.objective import Outcome, bridged, cross_entropy
 from embeddings.reconstruction.reader import Reader
 from merging.errors import CuveeError
 

@@ -12,9 +12,10 @@ from embeddings.images.reader import Picture
 from embeddings.reconstruction.batch import EOS, NO_LABEL, SOURCE, TARGET, Batch, Row
 from embeddings.reconstruction.cocoa import Bridge, WarmUp, image_ids, stacked, through_embedding
 from embeddings.reconstruction.data import Material, Sides
+from embeddings.reconstruction.example import Example
 from embeddings.reconstruction.images import pictures_of
 from embeddings.reconstruction.metrics import Reconstruction, alignment, effective_rank, uniformity
-from embeddings.reconstruction.objective import Example, Objective
+from embeddings.reconstruction.objective import Objective
 from embeddings.reconstruction.reader import Reader
 from embeddings.reconstruction.retromae import RetroMAE
 

@@ -16,15 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embeddings.reconstruction.batch import SOURCE, TARGET, Batch, Counts, Row, stack
+from embeddings.reconstruction.example import Example
 from embeddings.reconstruction.images import refuse_images
-from embeddings.reconstruction.objective import (
-    Example,
-    Outcome,
-    bridged,
-    cross_entropy,
-    drawn,
-    masked_row,
-)
+from embeddings.reconstruction.objective import Outcome, bridged, cross_entropy, drawn, masked_row
 from embeddings.reconstruction.reader import Reader
 from merging.errors import CuveeError
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from embeddings.images.settings import of_both
 from embeddings.training import losses, schedule
 from embeddings.training.data_settings import GRADED, DataSettings, LossSettings
+from embeddings.training.settings import MergeSettings, TrainingConfig
 from merging import handover, methods
 from merging.errors import CuveeError, MergeError
 from merging.setting import did_you_mean, quoted
-
-if TYPE_CHECKING:
-    from embeddings.training.config import MergeSettings, TrainingConfig
 
 
 def refuse_unknown_names(config: TrainingConfig) -> None:

@@ -41,16 +41,12 @@ def train_jobs(
 ) -> dict[str, Trained]:
     """Trains what is not done: here, with those of the team, or in processes of its own."""
     missing = [job for job in jobs.values() if options.force or not job.out.exists()]
-    if missing and options.ray:
-        from embeddings.training.ray_members import train_by_ray
+    if missing and (options.ray or options.processes > 1 or (options.workers > 1 and len(missing) > 1)):
+        from embeddings.training import ray_members, workers
 
-        train_by_ray(config, run, missing, options, progress)
-        options = replace(options, force=False)
-    elif options.processes > 1 or (options.workers > 1 and len(missing) > 1):
-        from embeddings.training.workers import Task, train_side_by_side
-
-        tasks = [Task(job.name, partial(_train_in_process, config, run, job)) for job in missing]
-        train_side_by_side(tasks, run, options, progress)
+        tasks = [workers.Task(job.name, partial(_train_in_process, config, run, job)) for job in missing]
+        carry_out = ray_members.train_by_ray if options.ray else workers.train_side_by_side
+        carry_out(tasks, run, options, progress)
         options = replace(options, force=False)
     elif options.team.size > 1:
         for job in missing:

@@ -1,4 +1,4 @@
-"""Members trained by Ray: a task each, on whatever machine of the cluster has room. They share the run's folder and cuvee."""
+"""Tasks carried out by Ray: each on whatever machine of the cluster has room. They share the run's folder and cuvee."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embeddings.training.config import TrainingConfig
 from merging.errors import CuveeError
 
 if TYPE_CHECKING:
     from embeddings.training.options import Options
-    from embeddings.training.train import Job
+    from embeddings.training.workers import Task
     from merging.progress import Work
 
 
-def train_by_ray(config: TrainingConfig, run: Path, jobs: Sequence[Job], options: Options, progress: Work) -> None:
-    """Trains the jobs on the cluster that `ray.init` finds (RAY_ADDRESS, else one of this machine's own).
+def train_by_ray(tasks: Sequence[Task], run: Path, options: Options, progress: Work) -> None:
+    """As `workers.train_side_by_side`, on the cluster that `ray.init` finds (RAY_ADDRESS, else one of this machine's own).
 
     A task takes a GPU where the device is "cuda", else as many cores as this process has threads; one that its machine
     loses is begun again elsewhere, from its checkpoint.
 
     Raises:
-        CuveeError: of the first member that fails; the others are stopped.
+        CuveeError: of the first task that fails; the others are stopped.
     """
     import ray
     import torch
@@ -33,14 +32,14 @@ def train_by_ray(config: TrainingConfig, run: Path, jobs: Sequence[Job], options
         ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     threads = int(torch.get_num_threads())
     gpus = int(options.device.startswith("cuda"))
-    task = ray.remote(num_cpus=1 if gpus else threads, num_gpus=gpus, max_retries=2)(_train)
+    remote = ray.remote(num_cpus=1 if gpus else threads, num_gpus=gpus, max_retries=2)(_carry_out)
     settings = replace(options, ray=False, workers=1, device="cuda" if gpus else "cpu")
-    waiting: list[Job] = list(jobs)
+    waiting: list[Task] = list(tasks)
     running: list[Any] = []
     try:
         while waiting or running:
-            while waiting and len(running) < (options.workers or len(jobs)):
-                running.append(task.remote(config, run, waiting.pop(0), settings, threads))
+            while waiting and len(running) < (options.workers or len(tasks)):
+                running.append(remote.remote(waiting.pop(0), run, settings, threads))
             (done,), running = ray.wait(running)
             try:
                 error = ray.get(done)
@@ -50,7 +49,7 @@ def train_by_ray(config: TrainingConfig, run: Path, jobs: Sequence[Job], options
                 raise CuveeError(f"a task of Ray failed: {reason}", where="--workers", mend=mend) from lost
             if error is not None:
                 raise error
-            progress("members by Ray", len(jobs) - len(waiting) - len(running), len(jobs))
+            progress("members by Ray", len(tasks) - len(waiting) - len(running), len(tasks))
     finally:
         for one in running:
             ray.cancel(one, force=True)
@@ -58,18 +57,16 @@ def train_by_ray(config: TrainingConfig, run: Path, jobs: Sequence[Job], options
             ray.shutdown()
 
 
-def _train(config: TrainingConfig, run: Path, job: Job, options: Options, threads: int) -> CuveeError | None:
+def _carry_out(task: Task, run: Path, options: Options, threads: int) -> CuveeError | None:
     import torch
 
-    from embeddings.training import members
     from embeddings.training.disk import disk_errors
     from merging.loading import only_our_words
 
     torch.set_num_threads(threads)
     try:
         with disk_errors(run), only_our_words():
-            sets = members.read_sets(config, run, replace(options, force=False), lambda *_: None, lambda line: None)
-            members.train_member(config, sets, job, options, lambda *_: None, run)
+            task.train(options, lambda *_: None, lambda line: None)
     except CuveeError as error:
         return error
     return None

@@ -36,10 +36,11 @@ from boom_lab import commit, read
 from boom_table import markdown, points
 
 from embeddings.reconstruction.cocoa import Bridge, WarmUp
+from embeddings.reconstruction.example import Example
 from embeddings.reconstruction.measure import embed
 from embeddings.reconstruction.metrics import alignment, effective_rank, uniformity
 from embeddings.reconstruction.model import Reconstructor, open_reconstructor
-from embeddings.reconstruction.objective import Example, Objective
+from embeddings.reconstruction.objective import Objective
 from embeddings.reconstruction.reader import Reader
 from embeddings.training.config import ModelSettings
 from embeddings.training.optimizer import rate

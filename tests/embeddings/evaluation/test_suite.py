@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from embeddings.evaluation import suite, suite_check
+from embeddings.evaluation.mteb_tasks import mteb_task
 from merging.errors import CuveeError
 
 Rows = list[dict[str, Any]]
@@ -137,7 +139,7 @@ def test_scores_equal_those_of_mteb_on_the_same_rows(
     base = AbsTaskRegression if kind == "Regression" else getattr(theirs, parent)
     expected = scores(model, type("Theirs", (base,), {"metadata": metadata, **more})())
     assert len(expected) > 3
-    assert scores(model, ours.mteb_task()) == pytest.approx(expected, abs=1e-9, nan_ok=True)
+    assert scores(model, mteb_task(ours)) == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -174,7 +176,7 @@ def test_ranking_equals_that_of_mteb_on_the_same_judgments(kind: str, model: Any
     Theirs.metadata = metadata
     expected = scores(model, Theirs())
     assert 0 < expected["main_score"] < 1
-    assert scores(model, ours.mteb_task()) == pytest.approx(expected, abs=1e-9, nan_ok=True)
+    assert scores(model, mteb_task(ours)) == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -194,22 +196,21 @@ def test_plain_pairs_score_as_the_same_pool_written_out(model: Any, tmp_path: Pa
             for r in pairs
         ],
     )
-    assert scores(model, plain.mteb_task())["main_score"] == scores(model, written.mteb_task())["main_score"]
+    assert scores(model, mteb_task(plain))["main_score"] == scores(model, mteb_task(written))["main_score"]
     key = lambda row: (row["query"], row["positive"])  # noqa: E731
     assert sorted(plain.read("test"), key=key) == sorted(written.read("test"), key=key)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_model_is_clustered_on_the_same_samples(model: Any, tmp_path: Path) -> None:
-    task = write_task(
-        tmp_path, "type: Clustering\nfiles: {test: rows.jsonl}\n", rows=few("organ-system", "test")
-    ).mteb_task()
+    yaml = "type: Clustering\nfiles: {test: rows.jsonl}\n"
+    task = mteb_task(write_task(tmp_path, yaml, rows=few("organ-system", "test")))
     assert scores(model, task) == scores(model, task)
 
 
 def test_tasks_keep_name_metadata_and_digest_after_mteb_unloads_them() -> None:
     for task in suite.load():
-        made = task.mteb_task()
+        made = mteb_task(task)
         made.data_loaded = True
         made.unload_data()
         assert (made.metadata.name, made.metadata.main_score) == (task.name, task.metric)
@@ -220,7 +221,7 @@ def test_tasks_keep_name_metadata_and_digest_after_mteb_unloads_them() -> None:
 def test_validation_and_train_are_evaluated_on_their_own_rows() -> None:
     for task in suite.load():
         for split in task.splits:
-            made = task.mteb_task(split)
+            made = mteb_task(task, split)
             assert list(made.eval_splits) == [split]
             made.load_data()
             data = made.dataset["default"] if task.type in ("Retrieval", "Reranking") else made.dataset
@@ -294,7 +295,7 @@ def test_digest_follows_the_data_and_the_settings_but_not_the_words(tmp_path: Pa
 def test_a_task_that_changed_since_it_was_loaded_is_not_scored_under_its_old_digest(tmp_path: Path) -> None:
     rows = [{"sentence1": "a", "sentence2": "b", "score": 1}, {"sentence1": "c", "sentence2": "d", "score": 2}]
     task = write_task(tmp_path, "type: STS\nfiles: {test: rows.jsonl}\n", rows=rows)
-    made = task.mteb_task()
+    made = mteb_task(task)
     jsonl(tmp_path / "rows.jsonl", [*rows, rows[0]])
     with pytest.raises(CuveeError, match=r"task.yml: the task has changed since it was loaded"):
         made.load_data()
@@ -388,7 +389,7 @@ def test_judgments_of_unknown_ids_and_an_empty_corpus_are_refused(tmp_path: Path
 
 def test_a_missing_split_and_a_missing_suite_say_so(tmp_path: Path) -> None:
     task = write_task(tmp_path, "type: STS\nfiles: {test: rows.jsonl}\n", rows=[{}])
-    for use in (task.read, task.mteb_task):
+    for use in (task.read, partial(mteb_task, task)):
         with pytest.raises(CuveeError, match=r"task.yml: the task 'task' has no split 'train'; it has 'test'"):
             use("train")
     with pytest.raises(CuveeError, match=r"none: cannot be read: No such file or directory; a suite is a folder"):

@@ -12,10 +12,10 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 
+from embeddings.reconstruction.example import Example
 from embeddings.reconstruction.export import write_embedding_model
 from embeddings.reconstruction.measure import embed
 from embeddings.reconstruction.model import Reconstructor, open_reconstructor
-from embeddings.reconstruction.objective import Example
 from embeddings.training.config import ModelSettings
 from tests.embeddings.reconstruction import vision
 

@@ -12,10 +12,11 @@ import torch
 
 from embeddings.reconstruction.batch import EOS, SOURCE, TARGET, Batch
 from embeddings.reconstruction.cocoa import Bridge, WarmUp
+from embeddings.reconstruction.example import Example
 from embeddings.reconstruction.images import ImageBatch
 from embeddings.reconstruction.llm_ql import QueryLikelihood
 from embeddings.reconstruction.model import Reconstructor, open_reconstructor
-from embeddings.reconstruction.objective import Example, Objective
+from embeddings.reconstruction.objective import Objective
 from embeddings.reconstruction.retromae import RetroMAE
 from embeddings.training.config import LoraSettings, ModelSettings
 from merging.errors import CuveeError

@@ -11,9 +11,10 @@ import torch
 
 from embeddings.reconstruction.batch import EOS, PADDING, SOURCE, TARGET, Batch
 from embeddings.reconstruction.cocoa import Bridge, WarmUp, through_embedding
+from embeddings.reconstruction.example import Example
 from embeddings.reconstruction.llm_ql import QueryLikelihood, corrupted
 from embeddings.reconstruction.model import Reconstructor
-from embeddings.reconstruction.objective import Example, Objective
+from embeddings.reconstruction.objective import Objective
 from embeddings.reconstruction.reader import Reader
 from embeddings.reconstruction.retromae import RetroMAE
 from embeddings.training.decoder import append_eos

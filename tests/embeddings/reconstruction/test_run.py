@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from embeddings.reconstruction.config import load
+from embeddings.reconstruction.example import Example
 from embeddings.reconstruction.measure import embed
 from embeddings.reconstruction.model import open_reconstructor
-from embeddings.reconstruction.objective import Example
 from embeddings.reconstruction.run import plan, pretrain_run
 from embeddings.training.config import ModelSettings
 from embeddings.training.options import Options
