@@ -37,7 +37,7 @@ def test_a_study_keeps_its_trials_and_goes_on(tmp_path: Path, storage: str) -> N
     assert again.trials()[0].values == ((again.trials()[0].tasks["a"] + again.trials()[0].tasks["b"]) / 2,)
 
 
-@pytest.mark.parametrize("name", ["what?", "50%", "c#"])
+@pytest.mark.parametrize("name", ["what?", "per%20cent", "c#"])
 def test_a_folder_s_name_is_any(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     folder.mkdir()
