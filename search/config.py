@@ -20,6 +20,7 @@ Relative paths are looked for near the configuration, then in the working direct
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -104,6 +105,11 @@ class SearchConfig:
             CuveeError: its settings are impossible.
         """
         return objective.get(self.objective, self.at("objective")).make(self.settings, Path(self.where).parent)
+
+    def told(self) -> str:
+        """The YAML for others to read: without a database's user and password."""
+        address = re.sub(r"://[^@]*@", "://", self.storage).partition("?")[0]
+        return self.text.replace(self.storage, address)
 
     def trials_for(self, dimensions: int) -> int:
         if self.trials is not None:

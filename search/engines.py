@@ -48,6 +48,7 @@ class Engine:
         make: a fresh sampler for one proposal, of the space and a seed; None: Sobol's sequence goes on.
         objectives: how many it takes at most.
         categorical: whether it takes dimensions that are no numbers; else those are drawn apart.
+        floors: whether it keeps away from points below a floor; else floors only rule out answers.
         startup: observations that it wants before it proposes by a model; until then points are Sobol's.
         dimensions: how many it takes at most.
         settings: that it takes, by name.
@@ -62,6 +63,7 @@ class Engine:
     make: Make | None
     objectives: int = 3
     categorical: bool = True
+    floors: bool = True
     startup: int = STARTUP
     dimensions: int = MANY
     settings: Mapping[str, Knob] = field(default_factory=dict)
@@ -110,7 +112,7 @@ def refuse_unfit(name: str, objectives: int, where: str = "") -> Engine:
         mend = f"pip install 'cuvee[{found.extra}]'"
         raise CuveeError(f"the engine '{name}' is not installed", where=where, mend=mend)
     if objectives > found.objectives:
-        mend = "choose gp, tpe, qmc or random, or aggregate the tasks"
+        mend = "choose gp, botorch, tpe, qmc or random, or aggregate the tasks"
         raise CuveeError(f"'{name}' searches for one objective, not {objectives}", where=where, mend=mend)
     return found
 
@@ -182,7 +184,7 @@ class OneProposal(BaseSampler):
 class SkoptSampler(OneProposal):
     """scikit-optimize by its ask and tell: a Gaussian process, Matérn 5/2, expected improvement with ξ = 0.01.
 
-    One proposal; failed trials and those at work are not known to it.
+    One proposal; floors, failed trials and those at work are not known to it.
     """
 
     def sample_relative(
@@ -272,22 +274,34 @@ def _tpe(space: Space, seed: int) -> BaseSampler:
     return TPESampler(seed=seed, n_startup_trials=1)
 
 
-@engine("cma", "CMA-ES from the middle of the space (Optuna, cmaes)", objectives=1, categorical=False, startup=1)
+@engine(
+    "cma",
+    "CMA-ES from the middle of the space (Optuna, cmaes)",
+    objectives=1,
+    categorical=False,
+    floors=False,
+    startup=1,
+)
 def _cma(space: Space, seed: int) -> BaseSampler:
     if sum(not d.choices and d.low != d.high for d in space.dimensions) < 2:
         return RandomSampler(seed=seed)  # it has no covariance to learn in one dimension
     return CmaEsSampler(seed=seed, n_startup_trials=1, warn_independent_sampling=False)
 
 
-@engine("skopt", "Gaussian process, Matérn 5/2, expected improvement with ξ = 0.01 (scikit-optimize)", objectives=1)
+@engine(
+    "skopt",
+    "Gaussian process, Matérn 5/2, expected improvement with ξ = 0.01 (scikit-optimize)",
+    objectives=1,
+    floors=False,
+)
 def _skopt(space: Space, seed: int) -> BaseSampler:
     return SkoptSampler(space, seed)
 
 
-ENGINES["qmc"] = Engine("qmc", "Sobol's sequence, scrambled", None)
+ENGINES["qmc"] = Engine("qmc", "Sobol's sequence, scrambled", None, floors=False)
 
 
-@engine("random", "independent uniform draws", startup=0)
+@engine("random", "independent uniform draws", floors=False, startup=0)
 def _random(space: Space, seed: int) -> BaseSampler:
     return RandomSampler(seed=seed)
 
@@ -309,6 +323,7 @@ ENGINES["adamerging"] = Engine(
     "gradient descent on the coefficients of task_arithmetic (AdaMerging); objectives: entropy, pim, loss",
     None,
     objectives=1,
+    floors=False,
     dimensions=20_000,
     settings={
         "every": Knob(25, low=1, whole=True),
@@ -322,6 +337,7 @@ ENGINES["lm_cocktail"] = Engine(
     "lm_cocktail",
     "the softmax of each model's score on a few examples (LM-Cocktail)",
     None,
+    floors=False,
     settings={"temperature": Knob(TEMPERATURE, above=0)},
     proposes=False,
     starts=False,

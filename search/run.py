@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ from search.design import TRIALS, design
 from search.objective import NamesTasks
 from search.recipes import MODEL, check, content_of, look_of, recipe_of, space_of, tensor_names, with_statistics
 from search.space import Space
-from search.study import JOURNAL, SQLITE, Settings, Study, forget, open_study, work
+from search.study import JOURNAL, SQLITE, Settings, Study, forget, open_study, storage_failures_told, work
 from search.workers import search_side_by_side
 
 TABLE, BEST, FRONT = "trials.csv", "best.yml", "front.json"
@@ -69,7 +68,7 @@ def search_run(
     began = time.perf_counter()
     run = Path(run).absolute()
     space = space_of(config)
-    engines.refuse_unfit(config.engine, len(config.goal.front), config.at("engine"))
+    optimiser = engines.refuse_unfit(config.engine, len(config.goal.front), config.at("engine"))
     settings = _settings(config, space, workers)
     check_claim(run)
     check(config, space, run / MODEL, note)
@@ -78,6 +77,10 @@ def search_run(
         config.goal.refuse_unknown(objective.task_names(), config.at("objective"))
     for line in objective.check(look_of(config)):
         note(line)
+    if config.goal.floors and not optimiser.floors:
+        note(
+            f"'{config.engine}' does not look at floors: they only rule out answers; gp, botorch and tpe search above them"
+        )
     settings = replace(settings, identity={**settings.identity, **content_of(config)})
     summary = {
         **{"command": "search", "out": str(run), "method": config.method.name, "engine": config.engine},
@@ -100,19 +103,21 @@ def search_run(
         else:
             write_whole(run / lineage.FILE, lineage.text(begun))  # first: what holds it is ours, wherever we are killed
         study = open_study(settings, run, config.storage, config.where)
-        _search(study, config, run, device, progress, note)
+        _refuse_lost(study, config.storage)
+        with storage_failures_told(run):
+            _search(study, config, run, device, progress, note)
         trials = study.trials()
         _write_tables(run, study, trials)
         found = choose.best(space, trials, config.recommend)
         if found is None:
-            raise CuveeError(f"no trial succeeded, the last one: {trials[-1].error}", where=config.where)
+            mend = "mend it, and add --force to begin anew"
+            raise CuveeError(f"no trial succeeded, the last one: {trials[-1].error}", where=config.where, mend=mend)
         if not found.feasible:
             note("no trial keeps the floors; the nearest to keeping them is taken")
         _write_model(config, space, found, run, device)
         summary["seconds"] = _since(began)
         result = {**summary, **_result(space, trials, found, study), "model": str(run / MODEL), "workers": workers}
-        text = re.sub(r"://[^@/\s]*@", "://", config.text)  # a database's password is nobody's lineage
-        content = {**result, "state": "done", "storage": storage, "config": text, "study": settings.plain()}
+        content = {**result, "state": "done", "storage": storage, "config": config.told(), "study": settings.plain()}
         content["versions"] = lineage.versions("optuna", "scikit-optimize", "cmaes", "greenlet", "torch", "numpy")
         write_whole(run / lineage.FILE, lineage.text(content))
         return result
@@ -134,6 +139,14 @@ def check_claim(run: Path) -> None:
     past = lineage.read(run)
     if past.get("command") != "search":
         raise CuveeError(f"is an output of `cuvee {past.get('command')}`", where=str(run), mend="choose another folder")
+
+
+def _refuse_lost(study: Study, storage: str) -> None:
+    """Raises CuveeError where the folder has trials that its study has not: it is in another place, and this one is new."""
+    if (study.folder / TRIALS).is_file() and not study.trials():
+        forget(study.folder, storage)
+        mend = "name the database, and keep the folder, in which it began, or add --force to begin anew"
+        raise CuveeError("holds trials of a study that is not in its storage", where=str(study.folder), mend=mend)
 
 
 def _settings(config: SearchConfig, space: Space, workers: int) -> Settings:

@@ -15,17 +15,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from merging.errors import CuveeError
 from search import engines
-from search.choose import Trial, front
+from search.choose import Trial, best, front
 from search.cocktail import alone
 from search.design import COCKTAIL
 from search.objective import Goal, Scores
@@ -97,11 +98,12 @@ class Study:
 
     def take(self, number: int) -> optuna.Trial:
         """A trial that was left, with its point; the point is drawn as it would have been where there was none yet."""
-        frozen = next(t for t in self.optuna.get_trials(deepcopy=False) if t.number == number)
-        trial = optuna.Trial(self.optuna, frozen._trial_id)
-        for name, distribution in self._distributions.items():
-            _suggest(trial, name, distribution)
-        return trial
+        with _locked(self.folder / _ASK):
+            frozen = next(t for t in self.optuna.get_trials(deepcopy=False) if t.number == number)
+            trial = optuna.Trial(self.optuna, frozen._trial_id)
+            for name, distribution in self._distributions.items():
+                _suggest(trial, name, distribution)
+            return trial
 
     def ask(self) -> optuna.Trial | None:
         """The next trial with its point; None: the search ends. One process asks at a time and knows what others do."""
@@ -158,7 +160,7 @@ class Study:
             return "seconds"
         if engines.untried(settings.space, begun) == []:
             return "space"
-        if settings.no_gain is not None and _since_gain(done) >= settings.no_gain:
+        if settings.no_gain is not None and _since_gain(settings.space, done) >= settings.no_gain:
             return "no_gain"
         return None
 
@@ -203,6 +205,22 @@ def open_study(settings: Settings, folder: Path, storage: str = "journal", where
         what = f"the study cannot be opened: {type(error).__name__}: {error}"
         raise CuveeError(what, where=str(folder), mend="see 'storage', or choose another folder") from error
     return Study(settings, study, folder, where)
+
+
+@contextmanager
+def storage_failures_told(folder: Path) -> Iterator[None]:
+    """For work on an open study.
+
+    Raises:
+        CuveeError: a database fails on the way; what was told to it is in it.
+    """
+    try:
+        yield
+    except StorageInternalError as error:
+        cause = error.__cause__ or error
+        what = f"the study's storage failed: {type(cause).__name__}: {str(cause).splitlines()[0]}"
+        mend = "mend it and start the same command again: it goes on"
+        raise CuveeError(what, where=str(folder), mend=mend) from error
 
 
 def forget(folder: Path, storage: str) -> None:
@@ -286,61 +304,43 @@ def _name(storage: str, folder: Path) -> str:
 
 def _storage(storage: str, folder: Path) -> BaseStorage:
     if storage == "journal":
-        file = folder / JOURNAL
-        with _locked(file.with_name(f".{JOURNAL}.lock")):
-            _mend(file)
-        return JournalStorage(_Journal(file))
-    return RDBStorage(f"sqlite:///{(folder / SQLITE).absolute()}" if storage == "sqlite" else storage)
+        return JournalStorage(_Journal(str(folder / JOURNAL)))
+    if storage == "sqlite":
+        from sqlalchemy.engine import URL
+
+        # What a folder's name may hold, '?' and '%' too, means something else in a URL.
+        storage = URL.create("sqlite", database=str((folder / SQLITE).absolute())).render_as_string()
+    return RDBStorage(storage)
 
 
 class _Journal(JournalFileBackend):
     """Optuna's journal, waiting for the disk once a trial, when it ends, instead of at each of its coordinates.
 
-    A kill of the process loses nothing either way; a failure of the power at most the trial that was at work.
+    A kill of the process loses nothing either way; a failure of the power at most the trial that was at work. The lock goes
+    with the process that holds it; Optuna's own outlives a kill and is waited for.
     """
-
-    def __init__(self, file: Path) -> None:
-        self._file, self._kernel_lock = file, _KernelLock(file)
-        super().__init__(str(file), lock_obj=self._kernel_lock)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        self._kernel_lock.acquire()
+        file = Path(self._file_path)
         try:
-            with open(self._file, "ab") as stream:
-                stream.write(lines.encode("utf-8"))
+            with _locked(file.with_name(f".{file.name}.lock")), open(file, "a+b") as stream:
+                _mend(stream)
+                stream.write(lines.encode("utf-8"))  # at the end, wherever `_mend` has read
                 stream.flush()
                 if any("values" in log for log in logs):
                     os.fsync(stream.fileno())
-        finally:
-            self._kernel_lock.release()
+        except OSError as error:
+            raise CuveeError(f"cannot write: {error.strerror}", where=str(file)) from error
 
 
-class _KernelLock(JournalFileOpenLock):
-    """A lock that goes with the process that holds it; Optuna's own outlives a kill and is waited for."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__(str(file))
-        self.file = file.with_name(f".{file.name}.lock")
-        self._held: int | None = None
-
-    def acquire(self) -> bool:
-        self._held = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(self._held, fcntl.LOCK_EX)
-        return True
-
-    def release(self) -> None:
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
-
-
-def _mend(file: Path) -> None:
+def _mend(stream: BinaryIO) -> None:
     """Takes off half a last line, which a process left that was killed while it wrote: the next would be joined to it."""
-    with suppress(FileNotFoundError), open(file, "r+b") as stream:
-        content = stream.read()
-        if content and not content.endswith(b"\n"):
-            stream.truncate(content.rfind(b"\n") + 1)
+    end = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, end - 1))
+    if stream.read() not in (b"", b"\n"):
+        stream.seek(0)
+        stream.truncate(stream.read().rfind(b"\n") + 1)
 
 
 @contextmanager
@@ -378,13 +378,10 @@ def _trial(frozen: FrozenTrial) -> Trial:
     )
 
 
-def _since_gain(trials: Sequence[Trial]) -> int:
+def _since_gain(space: Space, trials: Sequence[Trial]) -> int:
     """How many trials ended after the last that was better than all before it, or that is on the front."""
-    scored = [trial for trial in trials if trial.values and trial.feasible]
-    if not scored:
+    answer = best(space, trials)
+    if answer is None:
         return 0
-    if len(scored[0].values) > 1:
-        last = max(trial.number for trial in front(scored))
-    else:
-        last = max(scored, key=lambda trial: (trial.values[0], -trial.number)).number
+    last = max(trial.number for trial in [answer, *(front(trials) if len(answer.values) > 1 else [])])
     return sum(trial.number > last for trial in trials)

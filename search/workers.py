@@ -17,7 +17,7 @@ from search import config as search_config
 from search.candidates import Candidates
 from search.choose import Trial
 from search.config import SearchConfig
-from search.study import Settings, open_study, work
+from search.study import Settings, open_study, storage_failures_told, work
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def _work(job: Job, report: Any) -> None:
         config = search_config.parse(job.text, job.where)
         study = open_study(job.settings, job.folder, job.storage, job.where)
         evaluate = Candidates(config, job.folder, job.scratch, device=job.device, threads=job.threads)
-        work(study, evaluate, orphans=job.orphans, told=report.send)
+        with storage_failures_told(job.folder):
+            work(study, evaluate, orphans=job.orphans, told=report.send)
     except CuveeError as error:
         report.send(CuveeError(error.what, where=error.where, mend=error.mend))
     finally:

@@ -67,6 +67,14 @@ def test_everything_that_can_be_said(folder: Path) -> None:
     assert (config.engine, config.trials, config.recommend, config.seed) == ("tpe", 40, "posterior", 3)
 
 
+def test_what_a_search_leaves_of_its_yaml_holds_no_password(folder: Path) -> None:
+    address = "postgresql+psycopg://me:se/c:ret@host/studies"
+    config = parse(folder, GOOD.replace("storage: sqlite", f"storage: {address}?sslpassword=hush"))
+    assert config.storage == f"{address}?sslpassword=hush"
+    assert config.told() == GOOD.replace("storage: sqlite", "storage: postgresql+psycopg://host/studies")
+    assert parse(folder, GOOD).told() == GOOD
+
+
 def test_what_must_be_said_is_little(folder: Path) -> None:
     config = parse(folder, "base_model: base\nmodels: [one, two, base]\nobjective: {function: 'a:b'}\n")
     assert len(config.models) == 2, "the base is no model of its own"

@@ -25,6 +25,7 @@ from tests.conftest import MiniLMFamily
 
 SHARES = (0.3, 0.7)
 SCORE = """\
+import sqlite3
 import time
 from pathlib import Path
 import numpy as np
@@ -39,6 +40,10 @@ def near(folder):
 def slow(folder):
     time.sleep(0.15)
     return sum(near(folder).values())
+
+def drops(folder):
+    sqlite3.connect(Path(folder).parents[1] / "study.db").execute("alter table trials rename to gone")
+    return 1.0
 
 def broken(folder):
     raise RuntimeError("no data")
@@ -190,6 +195,13 @@ def test_a_plan_writes_nothing(place: Path) -> None:
     assert not (place / "out").exists()
 
 
+@pytest.mark.parametrize(("engine", "blind"), [("cma", True), ("skopt", True), ("gp", False)])
+def test_that_an_engine_does_not_look_at_floors_is_told(place: Path, engine: str, blind: bool) -> None:
+    file = write(place, engine=engine, objective={"function": "score:near", "floors": {"layers": -1.0}})
+    done = run("search", file, place / "out", "--dry-run")
+    assert done.code == 0 and (f"'{engine}' does not look at floors" in done.err) == blind, done.err
+
+
 @pytest.mark.parametrize(
     ("said", "told"),
     [
@@ -230,6 +242,26 @@ def test_a_study_in_a_database_by_its_url(place: Path) -> None:
     again = run("search", file, place / "one", "--force", "--until", "trials=3", "--json")
     assert again.json["trials"] == 3 and [row["number"] for row in rows(place / "one")] == [0, 1, 2]
     assert "another storage" in run("search", write(place, trials=2), place / "one").err
+
+
+def test_trials_whose_study_is_in_another_place_are_not_written_over(place: Path) -> None:
+    """A study in a database goes by its folder's name: moved, or asked for in another database, it would begin anew."""
+    file = write(place, engine="random", trials=2, storage=f"sqlite:///{place}/all.db")
+    assert run("search", file, place / "one").code == 0
+    (place / "one").rename(place / "two")
+    found = rows(place / "two")
+    done = run("search", file, place / "two")
+    assert done.code == 2 and "holds trials of a study that is not in its storage" in done.err, done.err
+    assert rows(place / "two") == found
+    (place / "two").rename(place / "one")
+    assert run("search", file, place / "one", "--until", "trials=3", "--json").json["trials"] == 3
+
+
+def test_a_database_that_fails_on_the_way_is_told_in_one_line(place: Path) -> None:
+    file = write(place, engine="random", storage="sqlite", objective={"function": "score:drops"})
+    done = run("search", file, place / "out")
+    assert done.code == 2 and "Traceback" not in done.err, done.err
+    assert "the study's storage failed: OperationalError: " in done.err and done.err.endswith("it goes on\n")
 
 
 def test_a_function_takes_the_model_itself(minilm_family: MiniLMFamily, tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import fcntl
+import resource
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +15,7 @@ from merging.methods import registry
 from search.design import DEFAULT, design
 from search.objective import Goal, Scores
 from search.space import Vary, make_space
-from search.study import JOURNAL, Settings, open_study, work
+from search.study import JOURNAL, SQLITE, Settings, open_study, work
 
 SPACE = make_space(registry.get("task_arithmetic"), 2, {})
 SETTINGS = Settings(SPACE, "random", 0, design(SPACE, DEFAULT, 0), trials=10)
@@ -32,6 +35,15 @@ def test_a_study_keeps_its_trials_and_goes_on(tmp_path: Path, storage: str) -> N
     assert len(again.trials()) == 10
     assert all(trial.tasks.keys() == {"a", "b"} for trial in again.trials())
     assert again.trials()[0].values == ((again.trials()[0].tasks["a"] + again.trials()[0].tasks["b"]) / 2,)
+
+
+@pytest.mark.parametrize("name", ["what?", "per%20cent", "c#"])
+def test_a_folder_s_name_is_any(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    work(open_study(replace(SETTINGS, trials=2), folder, "sqlite"), tasks)
+    assert (folder / SQLITE).stat().st_size and [*tmp_path.iterdir()] == [folder]
+    assert len(open_study(SETTINGS, folder, "sqlite").trials()) == 2
 
 
 @pytest.mark.parametrize(
@@ -85,6 +97,48 @@ def test_half_a_line_of_a_killed_writer_does_not_spoil_the_journal(tmp_path: Pat
     assert len(open_study(SETTINGS, tmp_path).trials()) == 5
 
 
+def test_half_a_line_of_a_killed_worker_does_not_spoil_what_another_writes(tmp_path: Path) -> None:
+    work(open_study(replace(SETTINGS, trials=3), tmp_path), tasks)
+    other = open_study(replace(SETTINGS, trials=5), tmp_path)
+    with open(tmp_path / JOURNAL, "ab") as journal:
+        journal.write(b'{"op_code":5,"worker_id":"x')
+    work(other, tasks)
+    assert len(other.trials()) == len(open_study(SETTINGS, tmp_path).trials()) == 5
+
+
+def test_a_journal_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    study = open_study(SETTINGS, tmp_path)
+
+    def full(coefficients: Mapping[str, Any]) -> Scores:
+        size = (tmp_path / JOURNAL).stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))  # as on a disk with room for half a line
+        return Scores(0.5)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(CuveeError, match=f"{JOURNAL}: cannot write: File too large"):
+            work(study, full)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    again = open_study(SETTINGS, tmp_path)
+    work(again, tasks, orphans=again.orphans())
+    assert len(again.trials()) == 10 and not any(trial.error for trial in again.trials())
+
+
+def test_a_trial_that_was_left_draws_its_point_while_nobody_else_draws(tmp_path: Path) -> None:
+    study = open_study(replace(SETTINGS, design=[]), tmp_path)
+    study.optuna._storage.create_new_trial(study.optuna._study_id)
+    taken: list[Any] = []
+    taker = threading.Thread(target=lambda: taken.append(study.take(0).params))
+    with open(tmp_path / ".ask", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        taker.start()
+        taker.join(0.5)
+        assert not taken
+    taker.join()
+    assert taken[0].keys() == {"weight.0", "weight.1"}
+
+
 def test_no_gain_and_seconds_end_a_search(tmp_path: Path) -> None:
     study = open_study(replace(SETTINGS, trials=50, no_gain=4), tmp_path)
     work(study, lambda coefficients: Scores(-len(study.trials())))
@@ -99,6 +153,12 @@ def test_floors_are_constraints(tmp_path: Path) -> None:
     for trial in study.trials():
         assert trial.feasible == (trial.tasks["a"] >= 0.9)
     assert {trial.feasible for trial in study.trials()} == {True, False}
+
+
+def test_without_a_point_that_keeps_the_floors_a_gain_is_to_come_nearer(tmp_path: Path) -> None:
+    study = open_study(replace(SETTINGS, trials=30, no_gain=4, goal=Goal(floors={"room": 0.0})), tmp_path)
+    work(study, lambda coefficients: Scores(1.0, {"room": min(len(study.trials()), 3) - 9.0}))
+    assert len(study.trials()) == 8 and study.ended() == "no_gain", "trial 3 is the last that comes nearer"
 
 
 def test_several_objectives(tmp_path: Path) -> None:
