@@ -233,7 +233,8 @@ def _write_model(config: SearchConfig, space: Space, found: Trial, run: Path, de
     """The best recipe, and its model unless it is there already."""
     recipe = recipe_of(config, space.coefficients(found.point), tensor_names(config), where=str(run / BEST))
     text = recipe.to_yaml()
-    write_whole(run / BEST, text)
+    drawn = f"# cuvee merge {BEST} OUT --seed {config.seed}\n" if config.seed else ""
+    write_whole(run / BEST, drawn + text)
     with suppress(CuveeError, OSError):
         past = lineage.read(run / MODEL)
         if past.get("recipe") == text and past.get("seed") == config.seed:

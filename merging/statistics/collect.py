@@ -15,6 +15,7 @@ from merging.output import refuse_existing, refuse_full_disk
 from merging.setting import did_you_mean, quoted
 from merging.sources import ModelRef
 from merging.statistics.calibration import Calibration, draw
+from merging.statistics.fisher_job import fisher_job, has_answers
 from merging.statistics.folder import KINDS, StatsError, write_statistics
 from merging.statistics.job import Job
 from merging.statistics.network import HEADS, Network, head_of, open_network
@@ -112,6 +113,8 @@ def collect(
     settings: dict[str, Any] = {"head": head, "dtype": dtype, "max_length": network.max_length}
     if complete:
         settings |= {"temperature": temperature, "candidates": candidates}
+    elif kind == "fisher" and has_answers(head, calibration):
+        settings |= {"candidates": candidates}
     if base_identity is not None:
         settings |= {"scale": scale, "base": base_identity["digest"]}
     job = _job(kind, network, calibration, settings, seed, batch_size, note)
@@ -176,8 +179,6 @@ def _job(
     note: Note,
 ) -> Job:
     if kind == "fisher":
-        from merging.statistics.fisher_job import fisher_job
-
         return fisher_job(network, calibration, settings, seed, batch_size, note)
     from merging.statistics.input_job import input_job
 

@@ -84,7 +84,7 @@ class Fisher:
         if self._checked_units < min(2, batch.units):
             self._check(batch, choices)
         if choices.apart:
-            own.add_squares(choices.values, roots, self._sums, roots, again=False)
+            own.add_squares(choices.values, roots, self._sums, roots if choices.scores else None, again=False)
         else:
             for choice in range(roots.shape[1]):
                 cotangent = torch.zeros_like(roots)

@@ -36,7 +36,8 @@ def fisher_job(
     """Each example once, with the gradients of all of its choices.
 
     Raises:
-        StatsError: a head whose Fisher information is not known here, or a query without choice.
+        StatsError: a head whose Fisher information is not known here, a query without choice, or one that has while others
+            have none.
     """
     if getattr(network.config, "problem_type", None) == "multi_label_classification":
         raise StatsError(
@@ -66,6 +67,25 @@ def fisher_job(
     )
 
 
+def has_answers(head: str, calibration: Calibration) -> bool:
+    """Whether a language model is asked which of several answers it would choose.
+
+    Raises:
+        StatsError: of some questions only.
+    """
+    if head != "lm" or any(each.image for each in calibration.examples):
+        return False
+    several = [len(each.candidates) > 1 for each in calibration.examples]
+    if any(several) and not all(several):
+        lonely = calibration.examples[several.index(False)]
+        raise StatsError(
+            f"row {lonely.row + 1} has fewer than two answers to choose from, and others have more",
+            where=str(calibration.data[0]["file"]),
+            mend="give all of them negatives, or none",
+        )
+    return any(several)
+
+
 class FisherBatches:
     """The drawn examples as batches.
 
@@ -93,6 +113,11 @@ class FisherBatches:
             self._candidates = [documents[start:stop] for start, stop in pairwise(starts)]
             self.lengths = [max(map(len, each)) for each in self._choices()]
             self.rows = [2 * len(own) for own in self._candidates]
+        elif has_answers(network.head, calibration):
+            pairs = [[(each.query, answer) for answer in each.candidates] for each in examples]
+            self._candidates = [network.read_answers(own) for own in pairs]
+            self._texts, documents = [], [text for own in self._candidates for text in own]
+            self.lengths, self.rows = [max(map(len, own)) for own in self._candidates], list(map(len, self._candidates))
         else:
             self._texts, documents = text_tokens(network, examples, seed), []
             self.lengths, self.rows = [len(each) for each in self._texts], [1] * len(examples)
@@ -105,20 +130,22 @@ class FisherBatches:
         import torch
 
         seeds = tuple(self._seeds[place] for place in items)
-        texts = [self._texts[place] for place in items]
+        texts = [self._texts[place] for place in items] if self._texts else []
         if not self._candidates:
             return Batch(self.network.head, self._features(texts), seeds=seeds)
         own = [self._candidates[place] for place in items]
         most = max(map(len, own))
         filled = [text for each in own for text in (*each, *[each[0]] * (most - len(each)))]
         real = torch.tensor([[c < len(each) for c in range(most)] for each in own], device=self.network.device)
+        features = self._features([*texts, *filled])
         return Batch(
             self.network.head,
-            self._features([*texts, *filled]),
+            features,
             candidates=most,
             real=None if bool(real.all()) else real,
             temperature=self._temperature,
             seeds=seeds,
+            answers=None if texts else features.pop("pooling_mask").bool(),
         )
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:

@@ -1,8 +1,10 @@
 """What a model chooses between, and how probable it finds each: the labels of the Fisher information.
 
-Never gold labels: the expectation is over the model's own distribution. Over the candidates of a query, the classes of a
-classifier and the one output of a regression it is exact; of a language model one sequence of labels is sampled.
-Source: arXiv 2504.18992, section 3 (choices); for embedding models, regression and language models our own reading.
+Never gold labels: the expectation is over the model's own distribution. Over the candidates of a query, a language model's
+answers, the classes of a classifier and the one output of a regression it is exact; of a language model that has no answers
+to choose from one sequence of labels is sampled.
+Source: arXiv 2504.18992, section 3 and the authors' code (answers of a language model); for embedding models, regression and
+language models without answers our own reading.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class Choices:
     The Fisher information of example e is the sum over c of weights[e, c] times the squared gradient of log_p()[e, c].
 
     Attributes:
-        values: (examples, choices) with gradient: log-probabilities; with `apart`, scores, whose softmax has them.
+        values: (examples, choices) with gradient: log-probabilities; with `scores`, what their softmax is taken of.
         weights: (examples, choices), without gradient: the probabilities, each times the example's own factor.
         apart: value [e, c] depends on row e * choices + c of the batch only, and not on row e.
     """
@@ -36,10 +38,11 @@ class Choices:
     values: Tensor
     weights: Tensor
     apart: bool = False
+    scores: bool = False
 
     def log_p(self) -> Tensor:
         """(examples, choices) with gradient. Where a choice is none its entry is -inf and its weight 0."""
-        return self.values.log_softmax(1) if self.apart else self.values
+        return self.values.log_softmax(1) if self.scores else self.values
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,13 @@ class Batch:
     Attributes:
         head: one of `HEADS`.
         features: what the model takes, each (rows, tokens, …): a row an example; "embedding": a row for the query of each
-            example, then `candidates` rows for the candidates of each.
-        candidates: of each example ("embedding").
+            example, then `candidates` rows for the candidates of each; "lm" with candidates: only these, each after its
+            query.
+        candidates: of each example ("embedding"; "lm", where there are several).
         real: (examples, candidates), False where a row only fills up the batch; None for all True.
         temperature: of the candidates' distribution.
         seeds: of each example's sampled labels ("lm").
+        answers: (rows, tokens), True for those of the candidate itself ("lm" with candidates).
     """
 
     head: str
@@ -62,10 +67,12 @@ class Batch:
     real: Tensor | None = None
     temperature: float = 0.05
     seeds: tuple[int, ...] = ()
+    answers: Tensor | None = None
 
     @property
     def examples(self) -> int:
-        return len(self.features["attention_mask"]) // (1 + self.candidates)
+        rows = len(self.features["attention_mask"])
+        return rows // (self.candidates if self.answers is not None else 1 + self.candidates)
 
     @property
     def units(self) -> int:
@@ -74,11 +81,15 @@ class Batch:
 
     def one(self, example: int) -> Batch:
         """The batch of a single example."""
-        first = self.examples + example * self.candidates
-        rows = [example, *range(first, first + self.candidates)]
+        first = example * self.candidates
+        if self.answers is None:
+            rows = [example, *range(self.examples + first, self.examples + first + self.candidates)]
+        else:
+            rows = list(range(first, first + self.candidates))
         features = {key: value[rows] for key, value in self.features.items()}
         real = None if self.real is None else self.real[example : example + 1]
-        return replace(self, features=features, real=real, seeds=self.seeds[example : example + 1])
+        answers = None if self.answers is None else self.answers[rows]
+        return replace(self, features=features, real=real, seeds=self.seeds[example : example + 1], answers=answers)
 
     def choices(self, forward: Forward, rows: Callable[[Tensor], None] = lambda unit: None) -> Choices:
         """Runs the model.
@@ -92,8 +103,10 @@ class Batch:
         if self.head == "embedding":
             queries, candidates = self._vectors(forward, rows)
             return over_candidates(queries, candidates, self.candidates, self.temperature, self.real)
-        rows(torch.arange(self.examples, device=mask.device))
+        rows(torch.arange(self.units, device=mask.device))
         logits = forward(self.features)
+        if self.answers is not None:
+            return over_answers(logits, self.features["input_ids"], self.answers, self.candidates, self.real)
         if self.head == "classification":
             return over_classes(logits)
         if self.head == "regression":
@@ -162,7 +175,30 @@ def over_candidates(
     scores = torch.cosine_similarity(queries.to(dtype), candidates.to(dtype)).view(-1, count) / temperature
     if real is not None:
         scores = scores.masked_fill(~real, -torch.inf)
-    return Choices(scores, scores.detach().softmax(1), apart=True)
+    return Choices(scores, scores.detach().softmax(1), apart=True, scores=True)
+
+
+def over_answers(logits: Tensor, ids: Tensor, answers: Tensor, count: int, real: Tensor | None = None) -> Choices:
+    """A language model's answers to a question: of each the mean log-probability of its tokens.
+
+    Their softmax says how probable each is; what is differentiated are the means themselves, as in the authors' code.
+
+    Args:
+        logits: (examples * count, tokens, vocabulary).
+        ids: (examples * count, tokens): the question and its answer.
+        answers: (examples * count, tokens), True for the answer's own.
+        real: (examples, count), False for what is no answer.
+
+    Source: arXiv 2504.18992.
+    """
+    import torch
+
+    exact = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    log_p = exact.gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2) - exact.logsumexp(2)
+    own = answers[:, 1:]
+    values = ((log_p * own).sum(1) / own.sum(1)).view(-1, count)
+    known = values.detach() if real is None else values.detach().masked_fill(~real, -torch.inf)
+    return Choices(values, known.softmax(1), apart=True)
 
 
 def over_classes(logits: Tensor) -> Choices:

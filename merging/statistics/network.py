@@ -107,6 +107,22 @@ class Network:
             return [tokens or self._read_texts([text], side)[0] for text, tokens in zip(texts, one, strict=True)]
         return self._read_texts(texts, side) if texts else []
 
+    def read_answers(self, pairs: Sequence[tuple[str, str]]) -> list[Tokens]:
+        """Of head `lm`: questions, each with an answer on a line of its own; `Tokens.prompt` ends before the answer.
+
+        What is too long is cut from the question's end.
+        """
+        asked = self._tokenizer([f"{question}\n" for question, _ in pairs], verbose=False)["input_ids"]
+        whole = self._tokenizer(["\n".join(pair) for pair in pairs], verbose=False)["input_ids"]
+        found = []
+        for before, ids in zip(asked, whole, strict=True):
+            shared = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
+            shared = max(1, min(shared, len(ids) - 1))
+            answer = ids[shared:][: self.max_length - 1]
+            question = ids[:shared][: self.max_length - len(answer)]
+            found.append(Tokens({"input_ids": np.array(question + answer, np.int64)}, {}, len(question)))
+        return found
+
     def features(self, tokens: Sequence[Tokens]) -> dict[str, torch.Tensor]:
         """What the model's forward takes, on its device: sequences padded on the right to (texts, longest)."""
         import torch
@@ -168,8 +184,12 @@ class Network:
             arguments["use_cache"] = False
         return arguments
 
+    @property
+    def _tokenizer(self) -> Any:
+        return getattr(self.reader, "tokenizer", self.reader)
+
     def _padding(self, key: str) -> int:
-        tokenizer = getattr(self.reader, "tokenizer", self.reader)
+        tokenizer = self._tokenizer
         pad = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}.get(key)
         return int(pad or 0)
 
@@ -181,11 +201,13 @@ class Network:
     def _read_texts(self, texts: Sequence[str | tuple[str, ...]], side: str | None) -> list[Tokens]:
         if self.head == "embedding":
             return self._read_by_sentence_transformers(texts, side)
-        tokenizer = getattr(self.reader, "tokenizer", self.reader)
+        if self.head == "lm":  # it reads on and knows no pairs
+            texts = [text if isinstance(text, str) else "\n".join(text) for text in texts]
         first = [text if isinstance(text, str) else text[0] for text in texts]
         second = [None if isinstance(text, str) else text[1] for text in texts]
         pairs = second if any(text is not None for text in second) else None
-        found = tokenizer(first, pairs, truncation=True, max_length=self.max_length, return_attention_mask=False)
+        limits: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
+        found = self._tokenizer(first, pairs, return_attention_mask=False, **limits)
         return _rows(found, len(texts))
 
     def _read_by_sentence_transformers(self, texts: Sequence[str | tuple[str, ...]], side: str | None) -> list[Tokens]:

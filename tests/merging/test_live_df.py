@@ -148,6 +148,54 @@ def test_classifiers_choose_between_their_classes(tmp_path: Path) -> None:
     assert_merged(live, module, {"weight": [0.6, 0.3]}, load, tmp_path / "out", tolerance=1e-4)
 
 
+def test_a_language_model_that_chooses_between_answers_equals_the_loop_of_the_paper(
+    zoo: Callable[[str], Family], tmp_path: Path
+) -> None:
+    """In float64: F of θ₀ + λτ over the answers of each question, then θ₀ + M · ΣFλτ / ΣF; λ = 0.3 and 0.8."""
+    import transformers
+
+    family, weight = zoo("llama"), [0.3, 0.8]
+    questions = [
+        [("w1 w2 w3", ["w4", "w5 w6"]), ("w7 w8", ["w9", "w2 w1 w3"])],
+        [("w9 w1", ["w3 w3", "w4", "w8"])],
+    ]
+    stats = []
+    for i, rows in enumerate(questions):
+        file = tmp_path / f"{i}.jsonl"
+        lines = [{"query": query, "positive": right, "negative": wrong} for query, (right, *wrong) in rows]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        stats.append({"data": str(file)})
+    load = family.architecture.model_class().from_pretrained
+    read = transformers.AutoTokenizer.from_pretrained(family.base)
+    network = load(family.base).double().eval()
+    start = weights(network)
+    vectors = [{n: v - start[n] for n, v in weights(load(each).double()).items()} for each in family.specialists[:2]]
+    fishers: list[dict[str, Any]] = []
+    for rows, own, scale in zip(questions, vectors, weight, strict=True):
+        found = {name: torch.zeros_like(value) for name, value in start.items()}
+        with torch.no_grad():
+            for name, value in network.named_parameters():
+                value.copy_(start[name] + scale * own[name])
+        for query, answers in rows:
+            means = []
+            for answer in answers:
+                ids = torch.tensor(read(f"{query} {answer}")["input_ids"])
+                log_p = network(input_ids=ids[None]).logits[0].log_softmax(1)
+                places = range(1 + len(query.split()), len(ids))  # the last is the end of the text
+                means.append(torch.stack([log_p[place - 1, ids[place]] for place in places]).mean())
+            for mean, p in zip(means, torch.stack(means).detach().softmax(0), strict=True):
+                gradients = torch.autograd.grad(mean, list(network.parameters()), retain_graph=True)
+                for value, gradient in zip(found.values(), gradients, strict=True):
+                    value += p * gradient**2 / len(rows)
+        fishers.append({name: value + 1e-12 for name, value in found.items()})
+    module = load(family.base, dtype=torch.float32)
+    LiveDF(module, family.base, family.specialists[:2], stats=stats).set({"weight": weight})
+    for name, value in module.named_parameters():
+        above = sum(f[name] * w * v[name] for f, w, v in zip(fishers, weight, vectors, strict=True))
+        expected = start[name] + 2 * above / sum(f[name] for f in fishers)
+        torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-5, msg=name)
+
+
 def test_mistakes_are_told_before_a_weight_changes(zoo: Callable[[str], Family], stats: list[dict[str, Any]]) -> None:
     family = zoo("bert")
     module = family.architecture.model_class().from_pretrained(family.base)

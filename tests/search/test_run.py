@@ -15,9 +15,11 @@ from merging import engine
 from merging.methods import registry
 from merging.node import Node
 from merging.sources import ModelRef
+from search import config as search_config
 from search import objective
 from search.choose import Trial, posterior_means
 from search.objective import Candidate
+from search.run import search_run
 from search.space import make_space
 from tests.checkpoints import floats, read_model, tiny, write_model
 from tests.commands import run, start
@@ -94,6 +96,15 @@ def test_a_search_finds_what_the_wanted_model_was_made_of(place: Path) -> None:
     assert not (out / ".scratch").exists()
     engine.merge_file(out / "best.yml", place / "again")
     assert read_model(place / "again") == read_model(out / "model"), "best.yml is ready for cuvee merge"
+
+
+def test_the_best_recipe_says_the_seed_that_its_model_was_drawn_by(place: Path) -> None:
+    file = write(place, method="dare_linear", engine="random", trials=2, seed=7, vary={"density": 0.5})
+    search_run(search_config.load(file), place / "out")
+    assert (place / "out/best.yml").read_text().startswith("# cuvee merge best.yml OUT --seed 7\nmerge_method: ")
+    again, other = (engine.merge_file(place / "out/best.yml", place / str(seed), seed=seed) for seed in (7, 0))
+    made = json.loads((place / "out/model/cuvee.json").read_text())["output"]
+    assert again["digest"] == made != other["digest"]
 
 
 def test_the_answer_by_the_posterior_mean_is_a_point_that_was_tried(place: Path) -> None:

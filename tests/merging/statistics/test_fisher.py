@@ -87,6 +87,34 @@ def test_language_models_of_every_kind_equal_autograd_example_by_example(name: s
     assert_exact(module, logits(module), Batch("lm", features(3, 7), seeds=(1, 2, 3)))
 
 
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_answers_of_a_language_model_equal_its_loop(name: str) -> None:
+    """Answers of several lengths, of one question two and of the other three; the rows are read without padding there."""
+    module = ARCHITECTURES[name].new(0).double().eval()
+    rows = features(6, 7)
+    lengths = rows["attention_mask"].sum(1).tolist()
+    starts = [1, 1, max(1, lengths[2] - 2), 1, lengths[4] - 1, 1]  # of the answers
+    answers = torch.tensor(
+        [[start <= place < length for place in range(7)] for start, length in zip(starts, lengths, strict=True)]
+    )
+    real = torch.tensor([[True, True, True], [True, True, False]])
+    expected = {name: torch.zeros_like(own) for name, own in module.named_parameters()}
+    for question in ([0, 1, 2], [3, 4]):
+        means = []
+        for row in question:
+            ids = rows["input_ids"][row, : lengths[row]]
+            log_p = module(input_ids=ids[None]).logits[0].log_softmax(1)
+            own = [log_p[place - 1, ids[place]] for place in range(starts[row], lengths[row])]
+            means.append(sum(own) / len(own))
+        for mean, p in zip(means, torch.stack(means).detach().softmax(0), strict=True):
+            gradients = torch.autograd.grad(mean, list(module.parameters()), retain_graph=True, allow_unused=True)
+            for own, gradient in zip(expected.values(), gradients, strict=True):
+                own += 0 if gradient is None else p * gradient**2 / 2
+    batch = Batch("lm", rows, candidates=3, real=real, answers=answers)
+    assert_close(fisher(module, logits(module), batch), expected)
+    assert_exact(module, logits(module), batch)
+
+
 def test_a_mixture_of_experts_does_what_it_cannot_know_one_example_at_a_time() -> None:
     module = ARCHITECTURES["mixtral"].new(0)  # its experts multiply in float32 only
     batch = Batch("lm", features(3, 7), seeds=(1, 2, 3))

@@ -216,6 +216,20 @@ def test_a_pair_is_read_as_one(tmp_path: Path) -> None:
     assert list(pair.sequence["input_ids"]) == [2, 5, 6, 3, 7, 3]
 
 
+def test_a_language_model_reads_a_pair_as_two_lines_of_one_text(tmp_path: Path) -> None:
+    network = open_network(str(model("llama", tmp_path)))
+    pair, alone = network.read([("w1 w2", "w3"), "w1 w2\nw3"])
+    assert list(pair.sequence["input_ids"]) == list(alone.sequence["input_ids"]) == [2, 5, 6, 7, 3]
+
+
+def test_answers_stand_after_their_question_which_is_cut(tmp_path: Path) -> None:
+    network = open_network(str(model("llama", tmp_path)), max_length=6)
+    short, long, longest = network.read_answers([("w1 w2", "w3"), ("w1 w2 w3 w4", "w5 w6"), ("w1", "w2 " * 9)])
+    assert (list(short.sequence["input_ids"]), short.prompt) == ([2, 5, 6, 7, 3], 3)
+    assert (list(long.sequence["input_ids"]), long.prompt) == ([2, 5, 6, 9, 10, 3], 3)
+    assert (list(longest.sequence["input_ids"]), longest.prompt) == ([2, 6, 6, 6, 6, 6], 1)
+
+
 def test_texts_are_cut(tmp_path: Path) -> None:
     folder = model("llama", tmp_path)
     assert [len(each) for each in open_network(str(folder), max_length=4).read(["w1 " * 30, "w1"])] == [4, 3]
