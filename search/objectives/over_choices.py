@@ -157,7 +157,7 @@ def choices_of(task: Task, network: Network, opening: Opening, *, with_answers: 
 
 def _choices(task: Task, network: Network, question: Question) -> Choices:
     if question.head == "lm":
-        return ScoreTokens(network, question.inputs, question.names, task.template, task.where)
+        return ScoreTokens(network, question.inputs, question.names, task.template, task.where, task.tokens)
     if question.head != "embedding":
         return Classes(network, question.inputs, question.head, question.names)
     if question.prototypes is None:
