@@ -15,6 +15,7 @@ import torch
 from merging.errors import CuveeError
 from merging.node import Node
 from merging.sources import ModelRef
+from merging.statistics import calibration
 from merging.statistics.calibration import only
 from merging.statistics.network import Network, open_network
 from search import objective
@@ -213,11 +214,19 @@ def test_gradients_are_those_of_the_model(texts: Path, classes: Network) -> None
 # ---- labels ----
 
 
+INPUTS = ("text", "query", "document")
+RANKED = ("query", "positive", "negative")
+
+
 class Poisoned(dict[str, Any]):
     """A row that fails where anything but an input is touched, or everything at once."""
 
+    def __init__(self, row: Mapping[str, Any], inputs: Sequence[str] = INPUTS) -> None:
+        super().__init__(row)
+        self._inputs = inputs
+
     def __getitem__(self, key: str) -> Any:
-        assert key in ("text", "query", "document"), f"'{key}' was read"
+        assert key in self._inputs, f"'{key}' was read"
         return super().__getitem__(key)
 
     def _fail(self, *_: Any) -> Any:
@@ -247,6 +256,52 @@ def test_which_candidate_is_right_is_forgotten(tmp_path: Path) -> None:
     files = [table(tmp_path / f"{i}.jsonl", [row]) for i, row in enumerate((first, second))]
     found = [unlabelled(task(file)[0], ranking=True) for file in files]
     assert found[0] == found[1] == (Input(("q",), ("a", "b", "c")),)
+
+
+#: What a model chooses between: its kind, and what is said of the task.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "classes": ("classifier", {}),
+    "ranks": ("classifier", {"head": "coral"}),
+    "scores": ("llama", {"head": "lm", "scores": SCORES}),
+    "prototypes": ("bert", {"prototypes": ["w1", "w2 w3", "w4"]}),
+    "candidates": ("bert", {"candidates": 3}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_the_file_to_the_score_no_label_is_touched(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, said = KINDS[kind]
+    folder = classifier(tmp_path / look, 3) if look == "classifier" else model(look, tmp_path)
+    inputs = RANKED if kind == "candidates" else ("text",)
+    columns = zip(*(sentences(9, seed) for seed in range(len(inputs))), strict=True)
+    rows = [{**dict(zip(inputs, own, strict=True)), "label": 1, "score": 2, "grade": 3} for own in columns]
+    file, read = table(tmp_path / "t.jsonl", rows), calibration.raw_rows
+    monkeypatch.setattr(
+        calibration, "raw_rows", lambda file: ((line, Poisoned(row, inputs)) for line, row in read(file))
+    )
+    names = ["entropy", "pim", *(["perplexity"] if kind == "scores" else [])]
+    for name in names:
+        own = {"prior": "uniform"} if name == "pim" else {}
+        told = {"data": str(file), **({} if name == "perplexity" else said), **own}
+        made = objective.get(name).make(Node.of({name: told}), Path())
+        made.check(ModelRef.parse(str(folder)))
+        made.prepare(ModelRef.parse(str(folder)), "cpu")
+        assert np.isfinite(made(Candidate({})).total or np.nan)
+    with pytest.raises(AssertionError, match="all cells were read"):
+        scored("loss", {"data": str(file), **said}, folder)
+
+
+def test_pim_draws_64_rows_and_none_twice(tmp_path: Path) -> None:
+    file = table(tmp_path / "t.jsonl", [{"text": f"w{i}"} for i in range(100)])
+
+    def drawn(**said: Any) -> list[str]:
+        settings = Node.of({"pim": {"data": str(file), "prior": "uniform", **said}})
+        made: Any = objective.get("pim").make(settings, Path())
+        return [each.texts[0] for each in unlabelled(made._tasks[0])]
+
+    assert len(drawn()) == len(set(drawn())) == 64 and drawn() == drawn(seed=0) != drawn(seed=1)
 
 
 @pytest.mark.parametrize("name", ["entropy", "pim"])
