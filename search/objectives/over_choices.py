@@ -62,7 +62,8 @@ class OverChoices(ABC):
         for task in self._tasks:
             question = read_question(task, head, config, with_answers=self._with_answers)
             self.read(task, question.names, question.counts)
-        return ()
+        told = r"the template has \n as two characters; for a line break write it in double quotes"
+        return tuple(f"{task.where}: {told}" for task in self._tasks if r"\n" in task.template)
 
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module:
         """Opens the model, and reads the inputs of every task.

@@ -377,6 +377,24 @@ def test_what_does_not_fit_the_model_is_told(said: Any, told: str, texts: Path, 
         scored("pim", {"data": str(texts), "prior": "uniform", **said}, classifier(tmp_path, 3))
 
 
+@pytest.mark.parametrize("prior", [[1, 1, 1], {"a": 1}, {"beta": [[2, 2]]}])
+def test_a_prior_of_choices_that_every_query_has_its_own_of_is_told(prior: Any, tmp_path: Path) -> None:
+    rows = [{"query": f"w{i}", "positive": "w1", "negative": ["w2", "w3"]} for i in range(3)]
+    said = {"data": str(table(tmp_path / "t.jsonl", rows)), "prior": prior}
+    made = objective.get("pim").make(Node.of({"pim": said}), Path())
+    with pytest.raises(CuveeError, match=r"every query has choices of its own.*write 'prior: uniform'"):
+        made.check(ModelRef.parse(str(model("bert", tmp_path))))
+
+
+def test_a_line_break_that_yaml_did_not_read_is_told(texts: Path, tmp_path: Path) -> None:
+    folder = ModelRef.parse(str(model("llama", tmp_path)))
+    for template, told in (("{text}\nw8", 0), (r"{text}\nw8", 1)):
+        said = {"data": str(texts), "head": "lm", "scores": ["w1", "w2"], "template": template}
+        notes = objective.get("entropy").make(Node.of({"entropy": said}, "search.yml:3"), Path()).check(folder)
+        assert len(notes) == told
+        assert all(n.startswith("search.yml:3") and r"the template has \n as two characters" in n for n in notes)
+
+
 def test_a_label_that_is_no_choice_is_told(tmp_path: Path) -> None:
     folder = classifier(tmp_path / "model", 3)
     file = table(tmp_path / "t.jsonl", [{"text": "w1", "label": "7"}])
@@ -384,6 +402,8 @@ def test_a_label_that_is_no_choice_is_told(tmp_path: Path) -> None:
         scored("loss", str(file), folder)
     with pytest.raises(CuveeError, match="row 1 has no label"):
         scored("loss", str(table(tmp_path / "u.jsonl", [{"text": "w1"}])), folder)
+    with pytest.raises(CuveeError, match="row 1 has no label that is a word or a whole number"):
+        scored("loss", str(table(tmp_path / "v.jsonl", [{"text": "w1", "label": 2.5}])), folder)
 
 
 def test_a_query_needs_a_right_candidate_and_a_wrong_one(tmp_path: Path) -> None:
