@@ -23,6 +23,12 @@ Columns = Annotated[
     typer.Option("--column", help="What the data call a column: text=body, query=q …", show_default=False),
 ]
 
+#: Options that `score-prior` goes by.
+_OF_SCORE_PRIOR = (
+    *("models", "data", "kind", "out", "combine", "column", "scores", "seed", "device"),
+    *("force", "dry_run", "as_json"),
+)
+
 
 def register(app: typer.Typer) -> None:
     """Adds this module's command to the front door."""
@@ -30,6 +36,7 @@ def register(app: typer.Typer) -> None:
 
 
 def stats(
+    context: typer.Context,
     models: Models = None,
     data: Data = None,
     kind: Kind = None,
@@ -77,6 +84,7 @@ def stats(
         return
     model, out, data, kind = _given(models or [], out, data or [], kind)
     if kind == "score-prior":
+        _refuse_unread(context)
         columns, bounds = _columns(column or []), _bounds(scores)
         finish(_score_prior(model, data, out, columns, bounds, seed=seed, force=force, dry_run=dry_run), as_json)
         return
@@ -123,7 +131,8 @@ def _score_prior(
     from merging.statistics.score_prior import collect_score_prior
 
     result = collect_score_prior(model, data, out, columns=columns, scores=bounds, **options)
-    found = f"Beta({result['alpha']:.4f}, {result['beta']:.4f}) of {result['examples']} scores"
+    would = "would write " if options["dry_run"] else ""
+    found = f"{would}Beta({result['alpha']:.4f}, {result['beta']:.4f}) of {result['examples']} scores"
     say(f"{found} from {result['scores'][0]:g} to {result['scores'][1]:g}: {out}")
     return result
 
@@ -170,6 +179,18 @@ def _refuse_bounds(given: str | None) -> None:
 
     if given is not None:
         raise CuveeError("belongs to --kind score-prior", where="--scores", mend="leave it out")
+
+
+def _refuse_unread(context: typer.Context) -> None:
+    """Raises CuveeError where an option was given that a score prior does not go by: it is of all rows."""
+    from merging.errors import CuveeError
+
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in _OF_SCORE_PRIOR and source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            what = "a score prior is of all rows, and no text is read"
+            raise CuveeError(what, where=option, mend=f"leave {option} out")
 
 
 def _part(given: str) -> tuple[int, int]:

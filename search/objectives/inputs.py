@@ -91,7 +91,8 @@ def labelled(task: Task, *, ranking: bool = False) -> tuple[tuple[Input, ...], t
     for each in drawn:
         if each.label is None:
             mend = "add a column 'label', or say 'columns: {label: NAME}'"
-            raise CuveeError(f"row {each.row + 1} has no label", where=str(task.files[0]), mend=mend)
+            what = f"row {each.row + 1} has no label that is a word or a whole number"
+            raise CuveeError(what, where=str(task.files[0]), mend=mend)
     return tuple(Input(each.texts[:2], image=each.image) for each in drawn), tuple(map(label_of, drawn))
 
 

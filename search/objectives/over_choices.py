@@ -62,7 +62,8 @@ class OverChoices(ABC):
         for task in self._tasks:
             question = read_question(task, head, config, with_answers=self._with_answers)
             self.read(task, question.names, question.counts)
-        return ()
+        told = r"the template has \n as two characters; for a line break write it in double quotes"
+        return tuple(f"{task.where}: {told}" for task in self._tasks if r"\n" in task.template)
 
     def prepare(self, model: ModelRef, device: str) -> torch.nn.Module:
         """Opens the model, and reads the inputs of every task.
@@ -157,7 +158,7 @@ def choices_of(task: Task, network: Network, opening: Opening, *, with_answers: 
 
 def _choices(task: Task, network: Network, question: Question) -> Choices:
     if question.head == "lm":
-        return ScoreTokens(network, question.inputs, question.names, task.template, task.where)
+        return ScoreTokens(network, question.inputs, question.names, task.template, task.where, task.tokens)
     if question.head != "embedding":
         return Classes(network, question.inputs, question.head, question.names)
     if question.prototypes is None:

@@ -48,18 +48,21 @@ class Prior:
             CuveeError: not as many as there are choices, a name of none; a folder that cannot be read.
         """
         betas = (*self.betas, *((own.alpha, own.beta) for own in map(open_score_prior, self.folders)))
+        if not names and (betas or self.shares or self.named is not None):
+            what = "every query has choices of its own, of which no prior tells"
+            raise CuveeError(what, where=self.where, mend="write 'prior: uniform'")
         if betas:
             _refuse_unordered(names, self.where)
             return binned(mixture(betas), count)
         shares = np.full(count, 1.0)
         if self.named is not None:
-            unknown = [name for name in self.named if name not in names]
-            if unknown or not names:
-                what = f"'{unknown[0]}' is no choice" if names else "every query has choices of its own"
-                raise CuveeError(what, where=self.where, mend="write 'prior: uniform', or see what the choices are")
+            unknown = next((name for name in self.named if name not in names), None)
+            if unknown is not None:
+                mend = "write 'prior: uniform', or see what the choices are"
+                raise CuveeError(f"'{unknown}' is no choice", where=self.where, mend=mend)
             shares = np.array([self.named.get(name, 0.0) for name in names])
         elif self.shares:
-            if len(self.shares) != count or not names:
+            if len(self.shares) != count:
                 what = f"{len(self.shares)} shares for {count} choices"
                 raise CuveeError(what, where=self.where, mend="give one for each, in their order")
             shares = np.array(self.shares)
@@ -146,5 +149,5 @@ def _refuse_unordered(names: Sequence[str], where: str) -> None:
         values = [float(name) for name in names]
     except ValueError:  # words, in the order that was given
         return
-    if values != sorted(values) or not values:
+    if values != sorted(values):
         raise CuveeError("a Beta prior is of scores in ascending order", where=where, mend="see 'scores'")

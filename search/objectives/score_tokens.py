@@ -1,7 +1,8 @@
 """ScoreTokens: which score a language model gives to a text: how probable it finds each as the end of a prompt.
 
-Of scores that are one token each, its next-token probabilities, renormalised; of longer ones, the softmax of their
-mean log-probability by token ("reconstructed": the paper has scores of one token only).
+Of scores that are one token each, its next-token probabilities, renormalised; where some are longer, the softmax of their
+mean log-probability by token, or of the sum ("reconstructed": the paper has scores of one token only). What all scores begin
+with, a blank for many tokenizers, is part of the prompt; and a score that others go on from, 1 of 10, ends where they do not.
 Source: arXiv 2505.18548, section 3.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,9 +19,9 @@ from merging.errors import CuveeError
 from merging.statistics.job import micro_batches
 from merging.statistics.network import Network
 from merging.statistics.tokens import Tokens
-from search.objectives.choices import Choices
+from search.objectives.choices import LEAST, Choices
 from search.objectives.inputs import Input
-from search.objectives.tasks import TEXT
+from search.objectives.tasks import MEAN, TEXT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,15 +38,17 @@ class _Prompt:
     """A prompt with every score as its end. Scores that begin alike share what the model reads.
 
     Attributes:
-        ids: of the prompt.
+        ids: of the prompt, and what all scores begin with.
         stems: what is read after it, one row each; every score but its last token is the beginning of one.
-        scores: tokens of each score.
+        scores: tokens of each score, after `ids`.
+        onward: by score, the tokens by which others go on where it ends; () where none does.
         row: by score, which of the stems it is read in.
     """
 
     ids: Ids
     stems: tuple[Ids, ...]
     scores: tuple[Ids, ...]
+    onward: tuple[Ids, ...]
     row: tuple[int, ...]
 
 
@@ -54,15 +58,22 @@ class ScoreTokens(Choices):
     Args:
         names: the scores, as they are written.
         template: of the prompt; see `Task`. Where it does not fit, the text is cut, never what stands after it.
+        tokens: "mean" or "sum", of the log-probabilities of a score's tokens.
 
     Raises:
         CuveeError: scores that the tokenizer cannot tell apart; a template that leaves no room for a text.
     """
 
     def __init__(
-        self, network: Network, inputs: Sequence[Input], names: Sequence[str], template: str, where: str = ""
+        self,
+        network: Network,
+        inputs: Sequence[Input],
+        names: Sequence[str],
+        template: str,
+        where: str = "",
+        tokens: str = MEAN,
     ) -> None:
-        self.names, self._network = tuple(names), network
+        self.names, self._network, self._mean = tuple(names), network, tokens == MEAN
         if any(each.image for each in inputs):
             raise CuveeError("scores are asked of texts, not of images", where=where)
         writer = _Writer(getattr(network.reader, "tokenizer", network.reader), self.names, template, where)
@@ -89,20 +100,20 @@ class ScoreTokens(Choices):
         prompts = [self._prompts[item] for item in items]
         rows = [(item, stem) for item, prompt in enumerate(prompts) for stem in range(len(prompt.stems))]
         lengths = [len(prompts[item].ids) + len(prompts[item].stems[stem]) for item, stem in rows]
-        means: list[Tensor] = []
-        owners: list[int] = []  # of the means: item * K + score
+        values: list[Tensor] = []
+        owners: list[int] = []  # of the values: item * K + score
         begins = torch.zeros(len(items), dtype=torch.bool)
         for batch in micro_batches(lengths, [1] * len(rows), _TOKENS):
             own = [rows[place] for place in batch]
             for (item, stem), log_p in zip(own, self._ends([(prompts[i], s) for i, s in own]), strict=True):
                 prompt = prompts[item]
                 scores = [score for score, row in enumerate(prompt.row) if row == stem]
-                means.append(_means(log_p, [prompt.scores[score] for score in scores]))
+                values.append(_values(log_p, prompt, scores, mean=self._mean))
                 owners += [item * len(self.names) + score for score in scores]
                 if stem == 0:
                     begins[item] = int(log_p[0].detach().argmax()) in {score[0] for score in prompt.scores}
-        back = torch.from_numpy(np.argsort(owners)).to(means[0].device)
-        return torch.cat(means)[back].view(len(items), -1).log_softmax(1), begins
+        back = torch.from_numpy(np.argsort(owners)).to(values[0].device)
+        return torch.cat(values)[back].view(len(items), -1).log_softmax(1), begins
 
     def _ends(self, rows: Sequence[tuple[_Prompt, int]]) -> Iterator[Tensor]:
         """Of each row (1 + stem, vocabulary): log-probabilities of what follows the prompt and each token of the stem."""
@@ -142,7 +153,8 @@ class _Writer:
             scores = tuple(self._score(start, blank + name) for name in self._names)
             excess = len(ids) + max(map(len, scores)) - 1 - limit
             if excess <= 0:
-                return _Prompt(ids, *_shared(scores))
+                shared = _beginning(scores)
+                return _Prompt(ids + shared, *_rows(tuple(score[len(shared) :] for score in scores)))
             shorter = self._without(kept, excess)
             if not shorter or not ids:
                 what = f"the template leaves no room for a text in {limit} tokens"
@@ -182,22 +194,45 @@ class _Writer:
         return text[: found[-excess][0]] if excess < len(found) else ""
 
 
-def _means(log_p: Tensor, scores: Sequence[Ids]) -> Tensor:
-    """Mean log-probability of the tokens of each score, (scores,). log_p: (longest, vocabulary)."""
+def _values(log_p: Tensor, prompt: _Prompt, scores: Sequence[int], *, mean: bool) -> Tensor:
+    """Mean or sum of the log-probabilities of each score's tokens, and of its end; (scores,).
+
+    Args:
+        log_p: (longest, vocabulary).
+        scores: those that are read in this row, by their places.
+    """
     import torch
 
-    flat = [(score, place, token) for score, ids in enumerate(scores) for place, token in enumerate(ids)]
+    flat = [(row, *each) for row, score in enumerate(scores) for each in enumerate(prompt.scores[score])]
+    ending = [(row, score) for row, score in enumerate(scores) if prompt.onward[score]]
     owners, places, tokens = torch.tensor(flat, device=log_p.device).T
-    sums = torch.zeros(len(scores), dtype=log_p.dtype, device=log_p.device)
-    lengths = torch.tensor([len(ids) for ids in scores], device=log_p.device)
-    return sums.index_add(0, owners, log_p[places, tokens]) / lengths
+    found = [log_p[places, tokens]]
+    for row, score in ending:
+        onward = torch.tensor(prompt.onward[score], device=log_p.device)
+        after = log_p[len(prompt.scores[score])].index_fill(0, onward, -torch.inf)
+        found.append(after.logsumexp(0, keepdim=True).clamp(min=LEAST))
+        owners = torch.cat([owners, owners.new_tensor([row])])
+    sums = torch.zeros(len(scores), dtype=log_p.dtype, device=log_p.device).index_add(0, owners, torch.cat(found))
+    return sums / owners.bincount(minlength=len(scores)) if mean else sums
 
 
-def _shared(scores: tuple[Ids, ...]) -> tuple[tuple[Ids, ...], tuple[Ids, ...], tuple[int, ...]]:
-    """Stems that are the beginning of no other, the scores, and which stem each is read in."""
+def _beginning(scores: tuple[Ids, ...]) -> Ids:
+    """What all scores begin with, at least one token of each left out."""
+    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*scores, strict=False))
+    return tuple(tokens[0] for tokens in alike)[: min(map(len, scores)) - 1]
+
+
+def _rows(
+    scores: tuple[Ids, ...],
+) -> tuple[tuple[Ids, ...], tuple[Ids, ...], tuple[Ids, ...], tuple[int, ...]]:
+    """Stems that are the beginning of no other, the scores, what goes on from each, and which stem each is read in."""
     stems = sorted({score[:-1] for score in scores})
     longest = tuple(stem for stem in stems if not any(other != stem and other[: len(stem)] == stem for other in stems))
-    rows = tuple(
-        next(row for row, stem in enumerate(longest) if stem[: len(score) - 1] == score[:-1]) for score in scores
-    )
-    return longest, scores, rows
+    following: dict[Ids, set[int]] = {}
+    for score in scores:
+        for end in range(1, len(score)):
+            following.setdefault(score[:end], set()).add(score[end])
+    onward = tuple(tuple(sorted(following.get(own, ()))) for own in scores)
+    read = [own if more else own[:-1] for own, more in zip(scores, onward, strict=True)]
+    rows = tuple(next(row for row, stem in enumerate(longest) if stem[: len(own)] == own) for own in read)
+    return longest, scores, onward, rows

@@ -23,12 +23,14 @@ from merging.statistics.network import DTYPES
 from merging.tables import KNOWN
 
 TEXT = "{text}"
+#: What counts of the log-probabilities of a score's tokens.
+MEAN, SUM = "mean", "sum"
 #: Of a model with a head of classes: what its outputs are.
 CORAL, CORN = "coral", "corn"
 HEADS = ("auto", "embedding", "classification", "lm", CORAL, CORN)
 _OF_MODEL = ("head", "dtype", "max_length")
 _OF_TASK = ("data", "examples", "seed", "columns")
-_OF_CHOICES = ("scores", "template", "prototypes", "candidates", "temperature")
+_OF_CHOICES = ("scores", "template", "tokens", "prototypes", "candidates", "temperature")
 _MANY = 1000  # choices
 
 
@@ -58,6 +60,7 @@ class Task:
         columns: what the files call a column, by our name.
         scores: the names of the choices, in order: of a language model what it may answer.
         template: of a language model's prompt; `{text}` is where the text goes.
+        tokens: "mean" or "sum", of the log-probabilities of a score's tokens.
         prototypes: texts by the name of a choice, or the file that has them; None: the candidates of each query.
         candidates: of a query at most.
         temperature: of an embedding model's softmax over cosines.
@@ -72,6 +75,7 @@ class Task:
     columns: Mapping[str, str] | None = None
     scores: tuple[str, ...] = ()
     template: str = TEXT
+    tokens: str = MEAN
     prototypes: Mapping[str, tuple[str, ...]] | Path | None = None
     candidates: int = 8
     temperature: float = 0.05
@@ -154,6 +158,7 @@ def _task(name: str, said: Node, near: Path, examples: int | None, labelled: boo
         columns=_columns(said, labelled),
         scores=_scores(said),
         template=_template(said),
+        tokens=choice(said, "tokens", (MEAN, SUM), MEAN),
         prototypes=_prototypes(said, near),
         candidates=number(said, "candidates", Task.candidates, low=2, whole=True),
         temperature=number(said, "temperature", Task.temperature, above=0),

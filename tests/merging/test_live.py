@@ -300,6 +300,28 @@ def test_adapters_stay_factored(
         assert_close(module, other, 2e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft calls it
+def test_weighted_adapters_are_one_adapter_of_all_their_ranks(zoo: Callable[[str], Family], tmp_path: Path) -> None:
+    """As PIM merges them (arXiv 2505.18548): factors joined to rank M·r, √λ on both; and as peft adds that adapter."""
+    peft = pytest.importorskip("peft")
+    from safetensors.torch import load_file, save_file
+
+    family, weights, layers_of = zoo("bert"), [0.7, 0.2, 1.0], ["query", "value"]
+    refs = [adapter(family, tmp_path / f"a{i}", i, target_modules=layers_of) for i in range(3)]
+    module = loaded(family)
+    LiveMerge(module, family.base, refs, method="task_arithmetic").set({"weight": weights})
+    adapter(family, tmp_path / "joined", 0, target_modules=layers_of, r=12, lora_alpha=12)
+    parts = [load_file(tmp_path / f"a{i}" / "adapter_model.safetensors") for i in range(3)]
+    roots = [(weight * 6 / 4) ** 0.5 for weight in weights]  # alpha / r of each
+    joined = {
+        name: torch.cat([root * part[name] for root, part in zip(roots, parts, strict=True)], int(".lora_B." in name))
+        for name in parts[0]
+    }
+    save_file(joined, tmp_path / "joined" / "adapter_model.safetensors")
+    whole = peft.PeftModel.from_pretrained(loaded(family), tmp_path / "joined").merge_and_unload()
+    assert_close(module, whole, 2e-6)
+
+
 def test_adapters_beside_whole_models(zoo: Callable[[str], Family], tmp_path: Path) -> None:
     family = zoo("bert")
     lora = adapter(family, tmp_path / "lora", 0, target_modules=["query"])

@@ -80,6 +80,8 @@ def test_mistakes_are_one_line(place: Path) -> None:
         (("--column", "label=essay"), "'essay' must be a number, not 'private 0'"),
         (("--column", "label=grade", "--scores", "6:1"), "'6:1' is no range of scores; write 1:6"),
         (("--column", "label=grade", "--scores", "1:3"), "is outside 1 … 3"),
+        (("--column", "label=grade", "--examples", "64"), "--examples: a score prior is of all rows"),
+        (("--column", "label=grade", "--max-length", "64"), "--max-length: a score prior is of all rows"),
     ):
         done = run(*command, *more, cwd=place)
         assert done.code == 2 and told in done.err.splitlines()[-1], done.err

@@ -15,6 +15,7 @@ import torch
 from merging.errors import CuveeError
 from merging.node import Node
 from merging.sources import ModelRef
+from merging.statistics import calibration
 from merging.statistics.calibration import only
 from merging.statistics.network import Network, open_network
 from search import objective
@@ -104,8 +105,12 @@ def test_longer_scores_by_their_mean_log_probability_a_token(texts: Path, langua
             end = tokenizer(score, add_special_tokens=False)["input_ids"]
             with torch.no_grad():
                 logits = language_model.module(input_ids=torch.tensor([prompt + end])).logits[0].double()
-            log_p = logits.log_softmax(1)[len(prompt) - 1 : -1]
-            means.append(np.mean([float(log_p[i, token]) for i, token in enumerate(end)]))
+            log_p = logits.log_softmax(1)[len(prompt) - 1 :]
+            own = [float(log_p[i, token]) for i, token in enumerate(end)]
+            if score == "w2":  # it ends where the two that begin like it do not go on
+                onward = tokenizer.convert_tokens_to_ids(["w3", "w4"])
+                own.append(float(torch.log1p(-log_p[-1, onward].exp().sum())))
+            means.append(np.mean(own))
         np.testing.assert_allclose(row, torch.tensor(means).softmax(0), atol=1e-6)
 
 
@@ -209,11 +214,19 @@ def test_gradients_are_those_of_the_model(texts: Path, classes: Network) -> None
 # ---- labels ----
 
 
+INPUTS = ("text", "query", "document")
+RANKED = ("query", "positive", "negative")
+
+
 class Poisoned(dict[str, Any]):
     """A row that fails where anything but an input is touched, or everything at once."""
 
+    def __init__(self, row: Mapping[str, Any], inputs: Sequence[str] = INPUTS) -> None:
+        super().__init__(row)
+        self._inputs = inputs
+
     def __getitem__(self, key: str) -> Any:
-        assert key in ("text", "query", "document"), f"'{key}' was read"
+        assert key in self._inputs, f"'{key}' was read"
         return super().__getitem__(key)
 
     def _fail(self, *_: Any) -> Any:
@@ -243,6 +256,52 @@ def test_which_candidate_is_right_is_forgotten(tmp_path: Path) -> None:
     files = [table(tmp_path / f"{i}.jsonl", [row]) for i, row in enumerate((first, second))]
     found = [unlabelled(task(file)[0], ranking=True) for file in files]
     assert found[0] == found[1] == (Input(("q",), ("a", "b", "c")),)
+
+
+#: What a model chooses between: its kind, and what is said of the task.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "classes": ("classifier", {}),
+    "ranks": ("classifier", {"head": "coral"}),
+    "scores": ("llama", {"head": "lm", "scores": SCORES}),
+    "prototypes": ("bert", {"prototypes": ["w1", "w2 w3", "w4"]}),
+    "candidates": ("bert", {"candidates": 3}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_the_file_to_the_score_no_label_is_touched(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, said = KINDS[kind]
+    folder = classifier(tmp_path / look, 3) if look == "classifier" else model(look, tmp_path)
+    inputs = RANKED if kind == "candidates" else ("text",)
+    columns = zip(*(sentences(9, seed) for seed in range(len(inputs))), strict=True)
+    rows = [{**dict(zip(inputs, own, strict=True)), "label": 1, "score": 2, "grade": 3} for own in columns]
+    file, read = table(tmp_path / "t.jsonl", rows), calibration.raw_rows
+    monkeypatch.setattr(
+        calibration, "raw_rows", lambda file: ((line, Poisoned(row, inputs)) for line, row in read(file))
+    )
+    names = ["entropy", "pim", *(["perplexity"] if kind == "scores" else [])]
+    for name in names:
+        own = {"prior": "uniform"} if name == "pim" else {}
+        told = {"data": str(file), **({} if name == "perplexity" else said), **own}
+        made = objective.get(name).make(Node.of({name: told}), Path())
+        made.check(ModelRef.parse(str(folder)))
+        made.prepare(ModelRef.parse(str(folder)), "cpu")
+        assert np.isfinite(made(Candidate({})).total or np.nan)
+    with pytest.raises(AssertionError, match="all cells were read"):
+        scored("loss", {"data": str(file), **said}, folder)
+
+
+def test_pim_draws_64_rows_and_none_twice(tmp_path: Path) -> None:
+    file = table(tmp_path / "t.jsonl", [{"text": f"w{i}"} for i in range(100)])
+
+    def drawn(**said: Any) -> list[str]:
+        settings = Node.of({"pim": {"data": str(file), "prior": "uniform", **said}})
+        made: Any = objective.get("pim").make(settings, Path())
+        return [each.texts[0] for each in unlabelled(made._tasks[0])]
+
+    assert len(drawn()) == len(set(drawn())) == 64 and drawn() == drawn(seed=0) != drawn(seed=1)
 
 
 @pytest.mark.parametrize("name", ["entropy", "pim"])
@@ -318,6 +377,24 @@ def test_what_does_not_fit_the_model_is_told(said: Any, told: str, texts: Path, 
         scored("pim", {"data": str(texts), "prior": "uniform", **said}, classifier(tmp_path, 3))
 
 
+@pytest.mark.parametrize("prior", [[1, 1, 1], {"a": 1}, {"beta": [[2, 2]]}])
+def test_a_prior_of_choices_that_every_query_has_its_own_of_is_told(prior: Any, tmp_path: Path) -> None:
+    rows = [{"query": f"w{i}", "positive": "w1", "negative": ["w2", "w3"]} for i in range(3)]
+    said = {"data": str(table(tmp_path / "t.jsonl", rows)), "prior": prior}
+    made = objective.get("pim").make(Node.of({"pim": said}), Path())
+    with pytest.raises(CuveeError, match=r"every query has choices of its own.*write 'prior: uniform'"):
+        made.check(ModelRef.parse(str(model("bert", tmp_path))))
+
+
+def test_a_line_break_that_yaml_did_not_read_is_told(texts: Path, tmp_path: Path) -> None:
+    folder = ModelRef.parse(str(model("llama", tmp_path)))
+    for template, told in (("{text}\nw8", 0), (r"{text}\nw8", 1)):
+        said = {"data": str(texts), "head": "lm", "scores": ["w1", "w2"], "template": template}
+        notes = objective.get("entropy").make(Node.of({"entropy": said}, "search.yml:3"), Path()).check(folder)
+        assert len(notes) == told
+        assert all(n.startswith("search.yml:3") and r"the template has \n as two characters" in n for n in notes)
+
+
 def test_a_label_that_is_no_choice_is_told(tmp_path: Path) -> None:
     folder = classifier(tmp_path / "model", 3)
     file = table(tmp_path / "t.jsonl", [{"text": "w1", "label": "7"}])
@@ -325,6 +402,8 @@ def test_a_label_that_is_no_choice_is_told(tmp_path: Path) -> None:
         scored("loss", str(file), folder)
     with pytest.raises(CuveeError, match="row 1 has no label"):
         scored("loss", str(table(tmp_path / "u.jsonl", [{"text": "w1"}])), folder)
+    with pytest.raises(CuveeError, match="row 1 has no label that is a word or a whole number"):
+        scored("loss", str(table(tmp_path / "v.jsonl", [{"text": "w1", "label": 2.5}])), folder)
 
 
 def test_a_query_needs_a_right_candidate_and_a_wrong_one(tmp_path: Path) -> None:

@@ -75,30 +75,76 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return open_network(str(folder), head="lm", max_length=256)
 
 
-@pytest.mark.parametrize(
-    ("template", "scores"),
-    [
-        ("{text} Score: ", ["1", "2", "10", "12"]),
-        ("{text}\nScore:", [" 1", " 2", " 11"]),
-        ("Grade: {text}\nScore:\n", ["1", "2", "3"]),
-        ("<|user|>{text}<|answer|>", ["good", "bad", "worst"]),
-        ("{text}", [" best", " good", " bad"]),
-    ],
-)
-def test_a_score_is_in_the_tokens_that_the_whole_text_has(network: Network, template: str, scores: list[str]) -> None:
-    """The log-probabilities are those of the whole text's tokens from the end of the prompt on."""
+def answers(network: Network, prompt: str, scores: list[str]) -> list[torch.Tensor]:
+    """By score, the log-probabilities of its tokens in the whole text, after what all scores begin with, and of its end.
+
+    One whole text at a time. A score ends where none of the others goes on from it.
+    """
     tokenizer: Any = network.reader
-    found = ScoreTokens(network, [Input((text,)) for text in TEXTS], scores, template).probabilities()
+    whole = [tokenizer(prompt + score)["input_ids"] for score in scores]
+    start = len(tokenizer(prompt.rstrip(" "))["input_ids"])
+    while len({tuple(ids[start : start + 1]) for ids in whole}) == 1 and all(len(ids) > start + 1 for ids in whole):
+        start += 1
+    found = []
+    for ids in whole:
+        with torch.no_grad():
+            log_p = network.module(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(1)
+        own = [log_p[i - 1, ids[i]] for i in range(start, len(ids))]
+        if onward := {other[len(ids)] for other in whole if other != ids and other[: len(ids)] == ids}:
+            own.append(torch.log1p(-sum(log_p[-1, token].exp() for token in onward)))
+        found.append(torch.stack(own))
+    return found
+
+
+CASES = [
+    ("{text} Score: ", ["1", "2", "10", "12"]),
+    ("{text}\nScore:", [" 1", " 2", " 11"]),
+    ("Grade: {text}\nScore:\n", ["1", "2", "3"]),
+    ("<|user|>{text}<|answer|>", ["good", "bad", "worst"]),
+    ("{text}", [" best", " good", " bad"]),
+    ("{text} Score: ", ["1", "10"]),
+]
+
+
+@pytest.mark.parametrize("tokens", ["mean", "sum"])
+@pytest.mark.parametrize(("template", "scores"), CASES)
+def test_a_score_is_in_the_tokens_that_the_whole_text_has(
+    network: Network, template: str, scores: list[str], tokens: str
+) -> None:
+    inputs = [Input((text,)) for text in TEXTS]
+    found = ScoreTokens(network, inputs, scores, template, tokens=tokens).probabilities()
     for row, text in zip(found, TEXTS, strict=True):
-        prompt = template.replace("{text}", text)
-        means = []
-        for score in scores:
-            whole = tokenizer(prompt + score)["input_ids"]
-            start = len(tokenizer(prompt.rstrip(" "))["input_ids"])
-            with torch.no_grad():
-                log_p = network.module(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(1)
-            means.append(np.mean([float(log_p[i - 1, whole[i]]) for i in range(start, len(whole))]))
-        np.testing.assert_allclose(row, torch.tensor(means).softmax(0), atol=1e-6)
+        own = answers(network, template.replace("{text}", text), scores)
+        values = torch.stack([each.mean() if tokens == "mean" else each.sum() for each in own])
+        np.testing.assert_allclose(row, values.softmax(0), atol=1e-6)
+
+
+def test_a_blank_that_is_a_token_of_its_own_is_the_prompts(network: Network) -> None:
+    """Scores of one token after it are its next-token probabilities, and `valid` asks what follows the blank."""
+    tokenizer: Any = network.reader
+    whole = {digit: tokenizer(f"x Score: {digit}")["input_ids"] for digit in "123"}
+    digits = [ids[-1] for ids in whole.values()]
+    assert len({tuple(ids[:-1]) for ids in whole.values()}) == 1
+    after = [tokenizer(f"{text} Score: 1")["input_ids"][:-1] for text in TEXTS]
+    with torch.no_grad():
+        next_p = torch.stack([network.module(input_ids=torch.tensor([i])).logits[0, -1].softmax(0) for i in after])
+    found = ScoreTokens(network, [Input((text,)) for text in TEXTS], [*whole], "{text} Score: ")
+    expected = next_p[:, digits] / next_p[:, digits].sum(1, keepdim=True)
+    np.testing.assert_allclose(found.probabilities(), expected, atol=1e-6)
+    assert found.valid == np.mean([int(row.argmax()) in digits for row in next_p])
+
+
+def test_scores_exclude_one_another(network: Network) -> None:
+    """What begins 10 is not 1's: both, and 12, share the probability of the token that they begin with."""
+    tokenizer: Any = network.reader
+    names = ["1", "2", "10", "12"]
+    found = ScoreTokens(network, [Input(("x",))], names, "{text} Score: ", tokens="sum").probabilities()[0]
+    whole = [tokenizer(f"x Score: {name}")["input_ids"] for name in names]
+    one, two = whole[:2]
+    with torch.no_grad():
+        first = network.module(input_ids=torch.tensor([one])).logits[0, -2].double().softmax(0)
+    begun = sum(float(p) for p, ids in zip(found, whole, strict=True) if ids[: len(one)] == one)
+    assert begun / float(found[1]) == pytest.approx(float(first[one[-1]] / first[two[-1]]), rel=1e-4)
 
 
 def test_images_are_refused(network: Network) -> None:
