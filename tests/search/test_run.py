@@ -16,7 +16,9 @@ from merging.methods import registry
 from merging.node import Node
 from merging.sources import ModelRef
 from search import objective
+from search import run as search_run
 from search.choose import Trial, posterior_means
+from search.config import load
 from search.objective import Candidate
 from search.space import make_space
 from tests.checkpoints import floats, read_model, tiny, write_model
@@ -84,9 +86,13 @@ def test_a_search_finds_what_the_wanted_model_was_made_of(place: Path) -> None:
     assert {"command", "out", "seconds", "seed", "device", "cuvee_version"} <= result.keys()
     assert result["best"]["coefficients"]["weight"] == pytest.approx(SHARES, abs=0.05)
     assert (result["trials"], result["failed"]) == (16, 0)
+    first, second = (row["values"][0] for row in rows(out)[:2])
+    assert result["equal_weights"] == max(first, second) < result["best"]["score"]
     assert result["scores"].keys() == {"embeddings", "layers"}
     assert len(rows(out)) == 16 and len((out / "trials.csv").read_text().splitlines()) == 17
     assert not (out / ".scratch").exists()
+    drawn = (out / "search.svg").read_text("utf-8")
+    assert "weight of a" in drawn and "weight of b" in drawn and "equal weights: " in drawn
     engine.merge_file(out / "best.yml", place / "again")
     assert read_model(place / "again") == read_model(out / "model"), "best.yml is ready for cuvee merge"
 
@@ -105,9 +111,24 @@ def test_the_answer_by_the_posterior_mean_is_a_point_that_was_tried(place: Path)
 def test_a_search_that_is_done_is_not_done_again(place: Path) -> None:
     file, out = write(place, engine="random", trials=3), place / "out"
     first = run("search", file, out, "--json").json
+    drawn = (out / "search.svg").read_bytes()
     (place / "wanted" / "model.safetensors").unlink()  # no trial would succeed
     again = run("search", file, out, "--json")
     assert again.code == 0 and again.json["best"] == first["best"]
+    assert (out / "search.svg").read_bytes() == drawn
+
+
+def test_a_picture_is_drawn_while_the_search_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every now and then."""
+    (place / "look.py").write_text("def drawn(folder):\n    return (folder.parent.parent / 'search.svg').exists()\n")
+    config = load(write(place, engine="random", trials=3, objective={"function": "look:drawn"}))
+    monkeypatch.setattr(search_run, "_EVERY", 3600.0)
+    search_run.search_run(config, place / "patient")
+    monkeypatch.setattr(search_run, "_EVERY", 0.0)
+    search_run.search_run(config, place / "eager")
+    found = {name: [row["values"] for row in rows(place / name)] for name in ("patient", "eager")}
+    assert found == {"patient": [[0], [0], [0]], "eager": [[0], [1], [1]]}
+    assert all((place / name / "search.svg").exists() for name in found)
 
 
 def test_scores_of_another_text_of_the_function_are_not_mixed_in(place: Path) -> None:
