@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from merging import engine, lineage
+from merging import engine, kernels, lineage
 from merging.errors import CuveeError
 from merging.inspection import short_names
 from merging.output import alone, just_begun, write_whole
@@ -69,7 +69,7 @@ def search_run(
         What `cuvee search --json` prints.
 
     Raises:
-        CuveeError: models, settings or a folder that cannot be; nothing but failures.
+        CuveeError: models, settings, a device or a folder that cannot be; nothing but failures.
     """
     began = time.perf_counter()
     run = Path(run).absolute()
@@ -77,6 +77,8 @@ def search_run(
     engines.refuse_unfit(config.engine, len(config.goal.front), config.at("engine"))
     settings = _settings(config, space, workers)
     check_claim(run)
+    if device != "cpu":
+        kernels.load("auto", device)  # else each trial would fail at it
     check(config, space, run / MODEL, note)
     objective = config.make_objective()
     if isinstance(objective, NamesTasks):
@@ -110,7 +112,8 @@ def search_run(
         _write_tables(run, study, trials)
         found = choose.best(space, trials, config.recommend)
         if found is None:
-            raise CuveeError(f"no trial succeeded, the last one: {trials[-1].error}", where=config.where)
+            mend = "mend it, and add --force to begin anew, or '--until trials=' with more of them"
+            raise CuveeError(f"no trial succeeded, the last one: {trials[-1].error}", where=config.where, mend=mend)
         if not found.feasible:
             note("no trial keeps the floors; the nearest to keeping them is taken")
         _write_model(config, space, found, run, device)

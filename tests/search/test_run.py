@@ -42,6 +42,9 @@ def slow(folder):
     time.sleep(0.15)
     return sum(near(folder).values())
 
+def leaves(folder):
+    raise SystemExit("usage: score.py FOLDER")
+
 def broken(folder):
     raise RuntimeError("no data")
 """
@@ -57,6 +60,7 @@ def place(tmp_path: Path) -> Path:
     wanted = {name: base[name] + sum(s * t for s, t in zip(SHARES, learnt[name], strict=True)) for name in base}
     write_model(tmp_path / "wanted", {name: np.asarray(values, np.float32) for name, values in wanted.items()})
     (tmp_path / "score.py").write_text(SCORE)
+    (tmp_path / "script.py").write_text("import argparse\nargparse.ArgumentParser().parse_args(['--what'])\n")
     return tmp_path
 
 
@@ -106,6 +110,22 @@ def test_the_answer_by_the_posterior_mean_is_a_point_that_was_tried(place: Path)
     means = posterior_means(space, trials)
     assert done.json["best"]["trial"] == int(np.argmax(means))
     assert done.json["best"]["score"] == trials[int(np.argmax(means))].values[0], "and its score is the observed one"
+
+
+def test_a_search_of_which_nothing_succeeded_says_how_to_try_again(place: Path) -> None:
+    file, out = write(place, trials=2, objective={"function": "score:broken"}), place / "out"
+    done = run("search", file, out)
+    assert done.code == 2 and done.err.splitlines()[-1].endswith(
+        "no trial succeeded, the last one: RuntimeError: no data; "
+        "mend it, and add --force to begin anew, or '--until trials=' with more of them"
+    )
+
+
+def test_a_device_that_is_none_is_told_before_anything_is_tried(place: Path) -> None:
+    for more in ([], ["--dry-run"]):
+        done = run("search", write(place), place / "out", "--device", "abacus", *more)
+        assert done.code == 2 and "--device abacus: no such device" in done.err
+        assert not (place / "out").exists()
 
 
 def test_a_search_that_is_done_is_not_done_again(place: Path) -> None:
@@ -219,6 +239,15 @@ def test_a_plan_writes_nothing(place: Path) -> None:
             "search.yml:5: 'nowhere' cannot be imported: ModuleNotFoundError",
         ),
         ({"objective": {"function": "score:far"}}, "search.yml:5: 'score' has no function 'far'"),
+        (
+            {"objective": {"function": "score:leaves"}},
+            "8 trials in a row failed, the last one: SystemExit: usage: score.py FOLDER",
+        ),
+        ({"objective": {"function": "script:near"}}, "search.yml:5: 'script' cannot be imported: SystemExit: 2"),
+        (
+            {"objective": {"function": "search:near"}},
+            "search.yml:5: 'search' is the name of a module of Python's or of",
+        ),
         ({"objective": {"function": "score:broken"}}, "8 trials in a row failed, the last one: RuntimeError: no data"),
         ({"engine": "gpp"}, "search.yml:8: no engine 'gpp'; did you mean 'gp'?"),
         ({"base_model": None}, "'task_arithmetic' needs a base; add 'base_model:'"),
