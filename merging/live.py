@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from merging import layers, methods, provenance, recipe_statistics
-from merging.checkpoint import Checkpoint
+from merging.checkpoint import FLOATING, Checkpoint
 from merging.errors import CuveeError, MergeError
 from merging.live_recipe import Coefficients
 from merging.live_rewriting import Rewriting
 from merging.live_tensors import STORED, Storage
 from merging.loading import adapter_merged
-from merging.plan import Step, make_plan
+from merging.plan import DTYPES, Step, make_plan
 from merging.processes import default_threads
 from merging.recipe import Recipe
 from merging.sources import ModelRef
@@ -202,11 +202,13 @@ class LiveMerge:
         recipe_statistics.refuse_other_scales(recipe, self._method, self._views)
 
     def _with_parameters(self, step: Step, recipe: Recipe) -> Step:
+        wanted = DTYPES.get(recipe.out_dtype or recipe.dtype or "")
+        step = step if wanted is None or step.dtype not in FLOATING else replace(step, dtype=wanted)
         if step.action == "copy" or not self._complete(step):
             return step
         shared, per_model = recipe.values(self._method, step.name, self._fractions[step.name])
-        wanted = recipe.wants_statistics(self._method)
-        return replace(step, parameters=methods.keywords({**shared, **per_model}), statistics=wanted)
+        statistics = recipe.wants_statistics(self._method)
+        return replace(step, parameters=methods.keywords({**shared, **per_model}), statistics=statistics)
 
     def _merged(self) -> list[Step]:
         return [step for step in self._plan.steps if step.action == "merge" and self._complete(step)]

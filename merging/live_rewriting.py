@@ -54,6 +54,7 @@ class Rewriting(Execution):
         if any("gram" in step.method.statistics for step in plan.steps):
             importlib.import_module("scipy.linalg")  # now, so that the limit holds for its BLAS too
         self._blas = ThreadpoolController()
+        self._rounds = True
         self.held: dict[str, Held] = {}
         self.targets: dict[str, Target] = {}
 
@@ -94,17 +95,20 @@ class Rewriting(Execution):
         return self.plan
 
     def onto(self, weights: Mapping[str, Any]) -> Rewriting:
-        """The same with another module's weights, which hold the same tensors; what is held is shared.
+        """The same with another module's weights, which hold the same tensors and no file's; what is held is shared.
 
         Args:
             weights: by the plan's name.
         """
         other = copy.copy(self)
+        other._rounds = False
         other.targets = {name: Target(weight, self._storing) for name, weight in weights.items() if name in self.held}
         return other
 
     def rewrite(self, plan: Plan) -> None:
         """Gives the weights the values of a plan: that of `hold`, with other parameters.
+
+        They are what a file with the plan's dtypes has, in a module that is wider, too.
 
         Raises:
             MergeError: a method refuses, or a result is not finite.
@@ -124,6 +128,9 @@ class Rewriting(Execution):
             self._each(sorted(steps, key=lambda step: -self.held[step.name].numel), work)
             self._each([part for step in steps for part in slices[step.name]], self._blend)
         self._finish()
+        for step in steps if self._rounds else ():
+            if not self.targets[step.name].round_to(step.dtype):
+                raise not_finite(step.name)
 
     def reset(self) -> None:
         """Gives the weights the base's values."""

@@ -285,6 +285,16 @@ class Target:
         if self._staging:
             self._weight.copy_(self._flat.view(self._weight.shape))
 
+    def round_to(self, dtype: str) -> bool:
+        """Rounds a weight in float32 to what a file in a narrower dtype would hold. False where that is infinite."""
+        if self._dtype != "F32" or dtype not in ("F16", "BF16"):
+            return True
+        import torch
+
+        rounded = self._weight.to(torch.float16 if dtype == "F16" else torch.bfloat16)
+        self._weight.copy_(rounded)
+        return dtype == "BF16" or bool(torch.isfinite(rounded).all())
+
     def finite(self) -> Any:
         """Whether all are; on a device a tensor of one element, for later."""
         import torch

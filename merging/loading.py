@@ -152,18 +152,17 @@ def wait_passively() -> None:
 
 @contextmanager
 def only_our_words() -> Iterator[list[str]]:
-    """Keeps transformers' bars and others' remarks off the terminal; gives transformers' warnings."""
+    """Keeps transformers' bars and sentence-transformers' remarks off the terminal; gives transformers' warnings."""
     from transformers.utils import logging as transformers_logging
 
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    others = {logger: logger.level for logger in map(logging.getLogger, ("sentence_transformers", "matplotlib"))}
+    remarks = logging.getLogger("sentence_transformers")
     loading = logging.getLogger("transformers.modeling_utils")
-    before = (loading.level, loading.propagate)
+    before = (remarks.level, loading.level, loading.propagate)
     kept = _Kept()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for logger in others:
-        logger.setLevel(logging.ERROR)
+    remarks.setLevel(logging.ERROR)
     loading.setLevel(logging.WARNING)
     loading.propagate = False
     loading.addHandler(kept)
@@ -172,9 +171,7 @@ def only_our_words() -> Iterator[list[str]]:
     finally:
         loading.removeHandler(kept)
         transformers_logging.set_verbosity(level)
-        loading.level, loading.propagate = before
-        for logger, own in others.items():
-            logger.setLevel(own)
+        remarks.level, loading.level, loading.propagate = before
         if bars:
             transformers_logging.enable_progress_bar()
 

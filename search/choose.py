@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from search.design import uniform
 from search.space import Space
 
 OBSERVED, POSTERIOR = "observed", "posterior"
@@ -61,6 +62,13 @@ def best(space: Space, trials: Sequence[Trial], recommend: str = OBSERVED) -> Tr
         means = dict(zip((t.number for t in scored), posterior_means(space, scored), strict=True))
         return max(allowed, key=lambda trial: means[trial.number])
     return max(allowed, key=_mean)
+
+
+def of_equal_weights(space: Space, trials: Sequence[Trial]) -> Trial | None:
+    """The best trial at a point that gives all models the same weight: what a search has to beat; None where there is none."""
+    points = uniform(space)
+    found = [trial for trial in trials if trial.values and trial.feasible and trial.point in points]
+    return max(found, key=_mean, default=None)
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:

@@ -71,7 +71,11 @@ def _tell(result: dict[str, Any]) -> None:
         )
         return
     score, front = result["best"]["score"], result.get("front")
-    shown = f"best {score:.4f}" if front is None else f"{len(front)} on the front, of the best mean {_named(result)}"
+    if front is None:
+        equal = result["equal_weights"]
+        shown = f"best {score:.4f}" + (f" (equal weights {equal:.4f})" if equal is not None else "")
+    else:
+        shown = f"{len(front)} on the front, of the best mean {_named(result)}"
     failed = f", {result['failed']} failed" if result["failed"] else ""
     ended = _ENDED.get(result["ended"], "")
     say(

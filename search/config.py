@@ -44,6 +44,7 @@ from search.space import PER, Vary
 
 _NOUN = "configuration"
 _AGGREGATES = ("mean", "worst", "weighted")
+_BOUNDS = ("low", "high", "log")
 _TRIALS, _MANY_TRIALS, _MANY_DIMENSIONS = 30, 50, 8
 
 
@@ -282,7 +283,12 @@ def _vary_one(parameter: Parameter, item: Node) -> Vary:
         item = Node({"choices": item}, item.where)
     elif not isinstance(item.value, dict):
         return Vary(value=_value(parameter, item), where=item.where)
-    refuse_unknown_keys(item, ("low", "high", "log", "choices", "value", "per"), f"what varies in '{name}'")
+    refuse_unknown_keys(item, (*_BOUNDS, "choices", "value", "per"), f"what varies in '{name}'")
+    for key, beside in (("value", ("choices", "per", *_BOUNDS)), ("choices", _BOUNDS)):
+        idle = next((other for other in beside if given(item, key) and given(item, other)), None)
+        if idle is not None:
+            what = f"'{idle}' of '{name}' has no meaning beside '{key}'"
+            raise CuveeError(what, where=item.value[idle].where, mend="leave one of them out")
     default = "model" if parameter.per_model and name == "weight" else "all"
     per = choice(item, "per", PER, default)
     if given(item, "value") is not None:

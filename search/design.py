@@ -124,8 +124,10 @@ def given_point(space: Space, start: Start) -> dict[str, Any]:
 def from_study(space: Space, start: Start) -> list[dict[str, Any]]:
     """The best points of a previous search, of whatever varies here too; the rest at the method's default.
 
+    What varied there per model, or for all, begins here with the same value in each layer, or of each model.
+
     Raises:
-        CuveeError: no such study, or nothing in it varies here.
+        CuveeError: no such study, none of its trials succeeded, or nothing in it varies here.
     """
     file = Path(start.study) / TRIALS
     try:
@@ -133,9 +135,12 @@ def from_study(space: Space, start: Start) -> list[dict[str, Any]]:
         done = [row for row in rows if row["state"] == "COMPLETE"]
         done.sort(key=lambda row: (not row["feasible"], -sum(row["values"])))
         found = []
+        if not done:
+            mend = "let it go on first, or choose another start"
+            raise CuveeError(f"'{start.study}' is a study of which no trial succeeded", where=start.where, mend=mend)
         for row in done[:FROM_STUDY]:
-            old = row["point"]
-            if not old.keys() & {d.name for d in space.dimensions}:
+            old = {d.name: row["point"][name] for d in space.dimensions for name in d.names() if name in row["point"]}
+            if not old:
                 raise CuveeError("is a study in which nothing varies that varies here", where=start.study)
             found.append({d.name: d.clipped(old.get(d.name, d.default)) for d in space.dimensions})
     except FileNotFoundError:

@@ -4,6 +4,7 @@
     trials.jsonl, trials.csv the same as a table
     best.yml, model/         the best recipe, ready for `cuvee merge`, and what it makes
     front.json               with several objectives: the Pareto front
+    search.svg               what the trials scored, and at which coefficients; drawn anew while it goes on
     cuvee.json               what was searched, by what, and what came of it
 
 Whatever kills it, the same command goes on.
@@ -22,8 +23,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from merging import engine, lineage
+from merging import engine, kernels, lineage
 from merging.errors import CuveeError
+from merging.inspection import short_names
 from merging.output import alone, just_begun, write_whole
 from search import choose, engines, rivals
 from search.candidates import Candidates
@@ -31,6 +33,7 @@ from search.choose import Trial
 from search.config import SearchConfig
 from search.design import TRIALS, design
 from search.objective import NamesTasks
+from search.picture import PICTURE, picture
 from search.recipes import MODEL, check, content_of, look_of, recipe_of, space_of, tensor_names, with_statistics
 from search.space import Space
 from search.study import JOURNAL, SQLITE, Settings, Study, forget, open_study, storage_failures_told, work
@@ -38,7 +41,9 @@ from search.workers import search_side_by_side
 
 TABLE, BEST, FRONT = "trials.csv", "best.yml", "front.json"
 _SCRATCH = ".scratch"
-_MADE = (JOURNAL, SQLITE, f".{JOURNAL}.lock", ".ask", TRIALS, TABLE, BEST, FRONT, *rivals.MADE, lineage.FILE)
+_EVERY = 60.0  # seconds between two pictures of a search that is under way, and
+_SHARE = 0.02  # of the time may go to them
+_MADE = (JOURNAL, SQLITE, f".{JOURNAL}.lock", ".ask", TRIALS, TABLE, BEST, FRONT, PICTURE, *rivals.MADE, lineage.FILE)
 
 
 def search_run(
@@ -63,7 +68,7 @@ def search_run(
         What `cuvee search --json` prints.
 
     Raises:
-        CuveeError: models, settings or a folder that cannot be; nothing but failures.
+        CuveeError: models, settings, a device or a folder that cannot be; nothing but failures.
     """
     began = time.perf_counter()
     run = Path(run).absolute()
@@ -71,6 +76,8 @@ def search_run(
     optimiser = engines.refuse_unfit(config.engine, len(config.goal.front), config.at("engine"))
     settings = _settings(config, space, workers)
     check_claim(run)
+    if device != "cpu":
+        kernels.load("auto", device)  # else each trial would fail at it
     check(config, space, run / MODEL, note)
     objective = config.make_objective()
     if isinstance(objective, NamesTasks):
@@ -110,11 +117,12 @@ def search_run(
         _write_tables(run, study, trials)
         found = choose.best(space, trials, config.recommend)
         if found is None:
-            mend = "mend it, and add --force to begin anew"
+            mend = "mend it, and add --force to begin anew, or '--until trials=' with more of them"
             raise CuveeError(f"no trial succeeded, the last one: {trials[-1].error}", where=config.where, mend=mend)
         if not found.feasible:
             note("no trial keeps the floors; the nearest to keeping them is taken")
         _write_model(config, space, found, run, device)
+        _draw(config, study, run, found)
         summary["seconds"] = _since(began)
         result = {**summary, **_result(space, trials, found, study), "model": str(run / MODEL), "workers": workers}
         content = {**result, "state": "done", "storage": storage, "config": config.told(), "study": settings.plain()}
@@ -188,9 +196,16 @@ def _search(
         return
     shutil.rmtree(scratch, ignore_errors=True)
 
+    due = time.monotonic() + _EVERY
+
     def told(trial: Trial) -> None:
+        nonlocal due
         trials = study.trials()
         _write_tables(run, study, trials)
+        if (drawn := time.monotonic()) >= due:
+            _draw(config, study, run)
+            now = time.monotonic()
+            due = now + max(_EVERY, (now - drawn) / _SHARE)
         if trial.error:
             note(f"trial {trial.number} failed: {trial.error}")
         done, total = len(trials), max(len(trials), settings.trials)
@@ -218,9 +233,11 @@ def _search(
 def _result(space: Space, trials: Sequence[Trial], found: Trial, study: Study) -> dict[str, Any]:
     score = found.values[0] if len(found.values) == 1 else list(found.values)
     front = [trial.number for trial in choose.front(trials)] if len(found.values) > 1 else None
+    equal = choose.of_equal_weights(space, trials)
     return {
         **({} if front is None else {"front": front, "tasks": list(study.settings.goal.front)}),
         "best": {"score": score, "coefficients": space.coefficients(found.point), "trial": found.number},
+        "equal_weights": None if equal is None else equal.values[0] if len(equal.values) == 1 else list(equal.values),
         "trials": len(trials),
         "failed": sum(bool(trial.error) for trial in trials),
         "scores": dict(found.tasks),
@@ -281,6 +298,12 @@ def _write_tables(run: Path, study: Study, trials: Sequence[Trial]) -> None:
             for t in choose.front(trials)
         ]
         write_whole(run / FRONT, json.dumps(front, indent=2) + "\n")
+
+
+def _draw(config: SearchConfig, study: Study, run: Path, chosen: Trial | None = None) -> None:
+    settings, models = study.settings, short_names([source.model for source in config.models])
+    options: dict[str, Any] = {"starts": len(settings.design), "front": settings.goal.front, "chosen": chosen}
+    write_whole(run / PICTURE, picture(settings.space, study.trials(), models, **options))
 
 
 def _clear(run: Path) -> None:

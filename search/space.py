@@ -90,6 +90,11 @@ class Dimension:
             return IntDistribution(int(self.low), int(self.high), log=self.log)
         return FloatDistribution(self.low, self.high, log=self.log)
 
+    def names(self) -> list[str]:
+        """What it is called where it varies for more tensors or models at once, and at last its own name."""
+        wider = [(None, None), (None, self.group), (self.model, None)]
+        return list(dict.fromkeys([*(_name(self.parameter, *each) for each in wider), self.name]))
+
     def at(self, share: float) -> Any:
         """The value at a place in [0, 1]."""
         if self.choices:
@@ -230,7 +235,7 @@ def make_space(
         models: how many are merged.
         vary: what the user says; for parameters that are not in it the registry decides: those without a default vary
             per model in their bounds, else in [0, 1], and those that it marks as worth a search in the marked bounds; where there
-            is neither, every number with bounds.
+            is neither, every number with bounds, or else what is true or false.
         names: tensors of the base, for parameters that differ by layer, module or tensor.
         most: dimensions that there may be.
 
@@ -247,11 +252,12 @@ def make_space(
         else:
             dimensions += _dimensions(method.parameters[name], said[name], models, names)
     if all(d.low == d.high and len(d.choices) < 2 for d in dimensions):
-        raise CuveeError(
-            f"nothing varies in '{method.name}'",
-            where=next((each.where for each in vary.values() if each.where), ""),
-            mend=f"give bounds to one of {quoted(method.parameters) or 'no parameter'}",
-        )
+        where = next((each.where for each in vary.values() if each.where), "")
+        if not method.parameters:
+            what = f"'{method.name}' has no parameter, so there is nothing to search"
+            raise CuveeError(what, where=where, mend="choose another method, or merge by it with `cuvee merge`")
+        mend = f"give bounds, or a list of what to try, to one of {quoted(method.parameters)}"
+        raise CuveeError(f"nothing varies in '{method.name}'", where=where, mend=mend)
     if len(dimensions) > most:
         where = next((v.where for v in said.values() if v.per in GROUPINGS), "")
         raise CuveeError(
@@ -281,7 +287,7 @@ def _defaults(method: Method) -> dict[str, Vary]:
             found[name] = Vary(low=parameter.low or 0.0, high=1.0, per="model")
         elif parameter.type is float and bounds[0] is not None and bounds[1] is not None:
             found[name] = Vary(low=bounds[0], high=bounds[1])
-    return found
+    return found or {name: Vary(choices=(False, True)) for name, own in method.parameters.items() if own.type is bool}
 
 
 def _dimensions(parameter: Parameter, vary: Vary, models: int, names: Sequence[str]) -> list[Dimension]:
@@ -297,12 +303,12 @@ def _dimensions(parameter: Parameter, vary: Vary, models: int, names: Sequence[s
         groups = [*dict.fromkeys(map(GROUPINGS[vary.per], names))]
         assert groups, "a space per group needs the tensors' names"
     return [
-        Dimension(
-            ".".join(str(part) for part in (name, place, group) if part is not None), model=place, group=group, **common
-        )
-        for group in groups
-        for place in places
+        Dimension(_name(name, place, group), model=place, group=group, **common) for group in groups for place in places
     ]
+
+
+def _name(parameter: str, model: int | None, group: str | None) -> str:
+    return ".".join(str(part) for part in (parameter, model, group) if part is not None)
 
 
 def _default(parameter: Parameter, vary: Vary) -> Any:

@@ -275,7 +275,7 @@ def attempt(study: Study, trial: optuna.Trial, evaluate: Evaluate, began: float 
     began, scores, error = time.perf_counter() if began is None else began, None, ""
     try:
         scores = evaluate(study.settings.space.coefficients(trial.params))
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:  # the user's function may be a script that ends Python
         error = str(problem) if isinstance(problem, CuveeError) else f"{type(problem).__name__}: {problem}"
     study.tell(trial, scores, time.perf_counter() - began, error)
     return next(ended for ended in study.trials() if ended.number == trial.number)

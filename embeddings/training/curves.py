@@ -6,8 +6,6 @@ next. The same metrics give the same file.
 
 from __future__ import annotations
 
-import io
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from embeddings.training import metrics
 from embeddings.training.metrics import Sink
+from merging import figures
 from merging.output import write_whole
 
 if TYPE_CHECKING:
@@ -78,15 +77,10 @@ Points = dict[str, list[tuple[int, float]]]
 
 def write_curves(file: Path) -> None:
     """Draws a metrics file as `curves.svg` beside it, whole or not at all; nothing where it has nothing to show."""
-    import matplotlib
-
-    drawn = picture(metrics.read(file))
-    if drawn is not None:
-        content = io.StringIO()
-        # Without them each file has other ids, and letters are outlines that nobody can search.
-        with matplotlib.rc_context({"svg.hashsalt": "cuvee", "svg.fonttype": "none"}):
-            drawn.savefig(content, format="svg", metadata={"Date": None})
-        write_whole(file.with_name(CURVES), content.getvalue())
+    with figures.quietly():
+        drawn = picture(metrics.read(file))
+        if drawn is not None:
+            write_whole(file.with_name(CURVES), figures.svg(drawn))
 
 
 def drawing(file: Path) -> Sink:
@@ -147,9 +141,7 @@ def _label(panel: Panel, name: str) -> str:
     if name in panel.names:
         return panel.names[name]
     kind = next((kind for kind in panel.names if kind.endswith("/") and name.startswith(kind)), "")
-    own = name.removeprefix(kind) if kind else ""
-    # matplotlib reads "$x$" as a formula and leaves "_x" out of a legend.
-    return re.sub("^_", " _", own.replace("$", r"\$"))
+    return figures.literal(name.removeprefix(kind) if kind else "")
 
 
 def _draw(axis: Axes, panel: Panel, series: Mapping[str, tuple[str, Points]]) -> None:

@@ -7,14 +7,16 @@ from typing import Annotated, Any
 import numpy as np
 
 from merging.inputs import Chunk, Final, Inputs, Trim, Values
-from merging.methods.registry import Range, method
+from merging.methods.registry import Range, Search, method
 
 Positive = Annotated[float, Range(low=0)]
-Epsilon = Annotated[Positive, "entries up to this size count as not moved"]
+Epsilon = Annotated[Positive, "entries up to this size count as not moved", Search(1e-6, 1e-3, log=True)]
 
 
 @method("nearswap", title="NearSwap", base="required", models=(1, 1), source="mergekit's `nearswap`")
-def nearswap(x: Inputs, *, t: Annotated[Positive, "how far a coordinate moves at most"]) -> Final:
+def nearswap(
+    x: Inputs, *, t: Annotated[Positive, "how far a coordinate moves at most", Search(1e-5, 0.1, log=True)]
+) -> Final:
     """Moves each coordinate of the base towards the other model by min(1, t / |difference|) of the way."""
 
     def formula(xp: Any, base: Values, models: Values) -> Values:
@@ -114,8 +116,8 @@ def ram(x: Inputs, *, epsilon: Epsilon = 1e-5) -> Final:
 def ramplus_tl(
     x: Inputs,
     *,
-    r: Annotated[float, "how strongly a lone entry is boosted"] = 0.1,
-    alpha: Annotated[Positive, "entries shared / entries alone count up to this"] = 0.2,
+    r: Annotated[float, "how strongly a lone entry is boosted", Search(0, 1)] = 0.1,
+    alpha: Annotated[Positive, "entries shared / entries alone count up to this", Search(0.05, 2, log=True)] = 0.2,
     epsilon: Epsilon = 1e-5,
 ) -> Final:
     """As `ram`, a lone entry of model i times 1 + r·clip(sharedᵢ / uniqueᵢ, 0, alpha), counted in this tensor."""

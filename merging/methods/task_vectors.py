@@ -22,6 +22,10 @@ Weights = Annotated[PerModel[float], "factor of the task vector"]
 Densities = Annotated[
     PerModel[Annotated[float, Range(0, 1)]], "share of the task vector's entries that stays", Search(0.1, 1)
 ]
+#: Of a keep probability that spreads by ε = 0.15 and must stay in (0, 1).
+SpreadDensities = Annotated[
+    PerModel[Annotated[float, Range(0, 1)]], "share of the task vector's entries that stays", Search(0.2, 0.8)
+]
 Outliers = Annotated[PerModel[Annotated[float, Range(0, 1)]], "share of the entries, the largest, that is dropped"]
 Spread = Annotated[PerModel[Annotated[float, Range(0, 1)]], "the keep probability goes from density − ε to density + ε"]
 Normalize = Annotated[bool, "divide by the sum of the weights"]
@@ -201,7 +205,7 @@ def della_linear(
     x: Inputs,
     *,
     weight: Weights,
-    density: Densities = 1.0,  # type: ignore[assignment]
+    density: SpreadDensities = 1.0,  # type: ignore[assignment]
     epsilon: Spread = 0.15,  # type: ignore[assignment]
     normalize: Normalize = False,
     lambda_: Lambda = 1.0,
@@ -223,7 +227,7 @@ def della(
     x: Inputs,
     *,
     weight: Weights,
-    density: Densities = 1.0,  # type: ignore[assignment]
+    density: SpreadDensities = 1.0,  # type: ignore[assignment]
     epsilon: Spread = 0.15,  # type: ignore[assignment]
     normalize: Normalize = True,
     lambda_: Lambda = 1.0,

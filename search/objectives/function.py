@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 FOLDER, MODEL = "folder", "model"
+_OURS = ("cuvee", "embeddings", "merging", "search")
 #: By module, the file that it came from and its digest.
 _IMPORTED: dict[str, tuple[Path, str]] = {}
 
@@ -79,7 +80,7 @@ class Function:
             del sys.modules[module]  # another search's, or an earlier text of it: what is scored is what `data` says
         try:
             found = importlib.import_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script ends Python where it has read its arguments
             what = f"'{module}' cannot be imported: {type(error).__name__}: {error}"
             raise CuveeError(what, where=self.where, mend=f"put {module}.py beside the YAML, or install it") from error
         if now:
@@ -126,4 +127,7 @@ def _function(settings: Node, near: Path) -> Function:
     module, colon, function = name.partition(":")
     if not (colon and module and function):
         raise CuveeError(f"'{name}' names no function", where=settings.where, mend="write 'function: module:function'")
+    if module.partition(".")[0] in (*_OURS, *sys.stdlib_module_names):  # in its place all that needs it would break
+        what = f"'{module}' is the name of a module of Python's or of ours"
+        raise CuveeError(what, where=settings.where, mend="give your module another name")
     return Function(name, near, settings.where, choice(settings, "takes", (FOLDER, MODEL), FOLDER))

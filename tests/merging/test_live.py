@@ -246,6 +246,23 @@ def test_a_module_in_another_dtype_is_rounded_once(method: str, zoo: Callable[[s
     assert_same(module, loaded(family, out, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("bert", "bfloat16"), ("bert", "float16"), ("bert-mlm", None)])
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_a_wider_module_holds_what_a_narrow_file_will(
+    method: str, name: str, dtype: str | None, zoo: Callable[[str], Family], tmp_path: Path
+) -> None:
+    """A score in float32 is that of the model that is written, in the recipe's dtype or in that of the checkpoints."""
+    family = zoo(name)
+    module = loaded(family, dtype=torch.float32)
+    live = LiveMerge(module, family.base, family.specialists, method=method)
+    recipe = Recipe.parse(live.recipe({"weight": [0.4, 0.3, 0.8]}) + (f"dtype: {dtype}\n" if dtype else ""))
+    live.apply(recipe)
+    merging.merge(recipe, tmp_path / "out")
+    assert_same(module, loaded(family, tmp_path / "out", dtype=torch.float32))
+    live.reset()
+    assert_same(module, loaded(family, dtype=torch.float32))
+
+
 def test_no_file_is_read_again(zoo: Callable[[str], Family], tmp_path: Path) -> None:
     family = zoo("bert")
     folders = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in (family.base, *family.specialists)]

@@ -109,6 +109,12 @@ def _without(key: str) -> str:
             "search.yml:7: 'layer' is no choice for 'per'; did you mean 'layers'?",
         ),
         ("[true, false]", "{low: 0}", "search.yml:9: 'normalize' has no bounds: it is true or false"),
+        (
+            "lambda: 0.5",
+            "lambda: {value: 1, high: 2}",
+            "search.yml:10: 'high' of 'lambda' has no meaning beside 'value'",
+        ),
+        ("[true, false]", "{choices: [true], log: true}", "search.yml:9: 'log' of 'normalize' has no meaning beside"),
         ("lambda: 0.5", "lambda: a", "search.yml:10: 'lambda' must be a number, not 'a'"),
         ("lambda: 0.5", "lambda: {low: 0, high: 1, per: model}", "search.yml:10: 'lambda' is one for all models"),
         ("function: ", "funktion: ", "search.yml:11: 'objective' names none; did you mean 'function'?"),

@@ -82,5 +82,15 @@ def test_a_previous_study_gives_its_best_points(tmp_path: Path) -> None:
     points = design(SPACE, (Start("study", study=str(tmp_path)),), 0)
     assert [point["weight.0"] for point in points] == [0.7, 0.5, 0.1, 0.9]
     assert points[0]["weight.3"] == 0.5, "what did not vary there is in the middle"
+    layers = make_space(
+        registry.get("task_arithmetic"), 4, {"weight": Vary(low=0, high=1, per="layers")}, ["a.0.w", "b"]
+    )
+    finer = design(layers, (Start("study", study=str(tmp_path)),), 0)
+    assert [[p[d.name] for d in layers.dimensions if d.group == layers.dimensions[0].group] for p in finer] == [
+        list(point.values()) for point in points
+    ], "each layer begins with its model's weight"
+    (tmp_path / "trials.jsonl").write_text("")
+    with pytest.raises(CuveeError, match="is a study of which no trial succeeded"):
+        design(SPACE, (Start("study", study=str(tmp_path)),), 0)
     with pytest.raises(CuveeError, match="holds no study"):
         design(SPACE, (Start("study", study=str(tmp_path / "none")),), 0)

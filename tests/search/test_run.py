@@ -17,9 +17,10 @@ from merging.node import Node
 from merging.sources import ModelRef
 from search import config as search_config
 from search import objective
+from search import run as search_run
 from search.choose import Trial, posterior_means
+from search.config import load
 from search.objective import Candidate
-from search.run import search_run
 from search.space import make_space
 from tests.checkpoints import floats, read_model, tiny, write_model
 from tests.commands import run, start
@@ -47,6 +48,10 @@ def drops(folder):
     sqlite3.connect(Path(folder).parents[1] / "study.db").execute("alter table trials rename to gone")
     return 1.0
 
+
+def leaves(folder):
+    raise SystemExit("usage: score.py FOLDER")
+
 def broken(folder):
     raise RuntimeError("no data")
 """
@@ -62,6 +67,7 @@ def place(tmp_path: Path) -> Path:
     wanted = {name: base[name] + sum(s * t for s, t in zip(SHARES, learnt[name], strict=True)) for name in base}
     write_model(tmp_path / "wanted", {name: np.asarray(values, np.float32) for name, values in wanted.items()})
     (tmp_path / "score.py").write_text(SCORE)
+    (tmp_path / "script.py").write_text("import argparse\nargparse.ArgumentParser().parse_args(['--what'])\n")
     return tmp_path
 
 
@@ -91,16 +97,20 @@ def test_a_search_finds_what_the_wanted_model_was_made_of(place: Path) -> None:
     assert {"command", "out", "seconds", "seed", "device", "cuvee_version"} <= result.keys()
     assert result["best"]["coefficients"]["weight"] == pytest.approx(SHARES, abs=0.05)
     assert (result["trials"], result["failed"]) == (16, 0)
+    first, second = (row["values"][0] for row in rows(out)[:2])
+    assert result["equal_weights"] == max(first, second) < result["best"]["score"]
     assert result["scores"].keys() == {"embeddings", "layers"}
     assert len(rows(out)) == 16 and len((out / "trials.csv").read_text().splitlines()) == 17
     assert not (out / ".scratch").exists()
+    drawn = (out / "search.svg").read_text("utf-8")
+    assert "weight of a" in drawn and "weight of b" in drawn and "equal weights: " in drawn
     engine.merge_file(out / "best.yml", place / "again")
     assert read_model(place / "again") == read_model(out / "model"), "best.yml is ready for cuvee merge"
 
 
 def test_the_best_recipe_says_the_seed_that_its_model_was_drawn_by(place: Path) -> None:
     file = write(place, method="dare_linear", engine="random", trials=2, seed=7, vary={"density": 0.5})
-    search_run(search_config.load(file), place / "out")
+    search_run.search_run(search_config.load(file), place / "out")
     assert (place / "out/best.yml").read_text().startswith("# cuvee merge best.yml OUT --seed 7\nmerge_method: ")
     again, other = (engine.merge_file(place / "out/best.yml", place / str(seed), seed=seed) for seed in (7, 0))
     made = json.loads((place / "out/model/cuvee.json").read_text())["output"]
@@ -118,12 +128,43 @@ def test_the_answer_by_the_posterior_mean_is_a_point_that_was_tried(place: Path)
     assert done.json["best"]["score"] == trials[int(np.argmax(means))].values[0], "and its score is the observed one"
 
 
+def test_a_search_of_which_nothing_succeeded_says_how_to_try_again(place: Path) -> None:
+    file, out = write(place, trials=2, objective={"function": "score:broken"}), place / "out"
+    done = run("search", file, out)
+    assert done.code == 2 and done.err.splitlines()[-1].endswith(
+        "no trial succeeded, the last one: RuntimeError: no data; "
+        "mend it, and add --force to begin anew, or '--until trials=' with more of them"
+    )
+
+
+def test_a_device_that_is_none_is_told_before_anything_is_tried(place: Path) -> None:
+    for more in ([], ["--dry-run"]):
+        done = run("search", write(place), place / "out", "--device", "abacus", *more)
+        assert done.code == 2 and "--device abacus: no such device" in done.err
+        assert not (place / "out").exists()
+
+
 def test_a_search_that_is_done_is_not_done_again(place: Path) -> None:
     file, out = write(place, engine="random", trials=3), place / "out"
     first = run("search", file, out, "--json").json
+    drawn = (out / "search.svg").read_bytes()
     (place / "wanted" / "model.safetensors").unlink()  # no trial would succeed
     again = run("search", file, out, "--json")
     assert again.code == 0 and again.json["best"] == first["best"]
+    assert (out / "search.svg").read_bytes() == drawn
+
+
+def test_a_picture_is_drawn_while_the_search_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every now and then."""
+    (place / "look.py").write_text("def drawn(folder):\n    return (folder.parent.parent / 'search.svg').exists()\n")
+    config = load(write(place, engine="random", trials=3, objective={"function": "look:drawn"}))
+    monkeypatch.setattr(search_run, "_EVERY", 3600.0)
+    search_run.search_run(config, place / "patient")
+    monkeypatch.setattr(search_run, "_EVERY", 0.0)
+    search_run.search_run(config, place / "eager")
+    found = {name: [row["values"] for row in rows(place / name)] for name in ("patient", "eager")}
+    assert found == {"patient": [[0], [0], [0]], "eager": [[0], [1], [1]]}
+    assert all((place / name / "search.svg").exists() for name in found)
 
 
 def test_scores_of_another_text_of_the_function_are_not_mixed_in(place: Path) -> None:
@@ -221,6 +262,15 @@ def test_that_an_engine_does_not_look_at_floors_is_told(place: Path, engine: str
             "search.yml:5: 'nowhere' cannot be imported: ModuleNotFoundError",
         ),
         ({"objective": {"function": "score:far"}}, "search.yml:5: 'score' has no function 'far'"),
+        (
+            {"objective": {"function": "score:leaves"}},
+            "8 trials in a row failed, the last one: SystemExit: usage: score.py FOLDER",
+        ),
+        ({"objective": {"function": "script:near"}}, "search.yml:5: 'script' cannot be imported: SystemExit: 2"),
+        (
+            {"objective": {"function": "search:near"}},
+            "search.yml:5: 'search' is the name of a module of Python's or of",
+        ),
         ({"objective": {"function": "score:broken"}}, "8 trials in a row failed, the last one: RuntimeError: no data"),
         ({"engine": "gpp"}, "search.yml:8: no engine 'gpp'; did you mean 'gp'?"),
         ({"base_model": None}, "'task_arithmetic' needs a base; add 'base_model:'"),

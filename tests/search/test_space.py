@@ -26,14 +26,25 @@ def test_the_registry_says_what_varies_by_default() -> None:
     assert names(space("fisher")) == ["weight.0", "weight.1"]
 
 
-def test_every_method_has_a_space_or_says_that_nothing_varies() -> None:
+def test_every_method_that_has_a_parameter_has_a_space() -> None:
     for method in registry.known().values():
-        try:
-            found = make_space(method, max(method.min_models, 1), {})
-        except CuveeError as error:
-            assert "nothing varies" in str(error)
-        else:
-            assert found.distributions()
+        if method.parameters:
+            assert make_space(method, max(method.min_models, 1), {}).distributions(), method.name
+    assert names(space("model_stock")) == ["filter_wise"]
+    assert names(space("ramplus_tl")) == ["r", "alpha", "epsilon"]
+    with pytest.raises(
+        CuveeError, match="'arcee_fusion' has no parameter, so there is nothing to search; choose another"
+    ):
+        space("arcee_fusion", 1)
+
+
+@pytest.mark.parametrize("method", ["della", "della_linear"])
+def test_a_keep_probability_that_spreads_stays_one_all_over_the_space(method: str) -> None:
+    spread = registry.get(method).parameters["epsilon"].default
+    (density,) = (d for d in space(method).dimensions if d.name == "density")
+    assert density.low is not None and density.high is not None
+    assert density.low - spread > 0 and density.high + spread < 1
+    assert density.low <= density.default <= density.high
 
 
 def test_a_coefficient_per_model_and_layer_group() -> None:
