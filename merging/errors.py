@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 def printable(text: str) -> str:
     """The text with control characters as escapes: a stranger's tensor name must not command the terminal."""
@@ -41,3 +44,14 @@ class MergeError(CuveeError):
 
 class Interrupted(Exception):
     """Ctrl-C, told with what the user may count on; no KeyboardInterrupt, which the command line's library swallows."""
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The mend of a misspelt name: "did you mean 'density'?", or `otherwise` where nothing is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean '{near[0]}'?" if near else otherwise
+
+
+def quoted(names: Iterable[str]) -> str:
+    """'a', 'b', 'c'"""
+    return ", ".join(f"'{name}'" for name in names)

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from merging.errors import CuveeError, RecipeError
+from merging.errors import CuveeError, RecipeError, did_you_mean, quoted
 from merging.node import Node
-from merging.setting import did_you_mean, quoted
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 

@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 
 from merging.checkpoint import Checkpoint, module_folders
-from merging.errors import CuveeError, MergeError, RecipeError
+from merging.errors import CuveeError, MergeError, RecipeError, did_you_mean, quoted
 from merging.mergekit_recipe import as_mapping, check_keys, check_parameters, is_mixture, place, with_references
 from merging.node import Node, read
 from merging.recipe import Recipe
-from merging.setting import did_you_mean, quoted
 from merging.sidefiles import copy_sidefiles, same_vocabulary
 from merging.sources import ModelRef
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from merging.errors import RecipeError
+from merging.errors import RecipeError, did_you_mean, quoted
 from merging.methods import REQUIRED, Method, Parameter
 from merging.recipe import Recipe
-from merging.setting import did_you_mean, quoted
 from merging.sources import ModelRef
 
 _WHERE = "coefficients"

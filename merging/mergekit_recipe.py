@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from merging.errors import RecipeError
+from merging.errors import RecipeError, did_you_mean, quoted
 from merging.node import Node, read
-from merging.setting import did_you_mean, quoted, refuse_unknown_keys
+from merging.setting import refuse_unknown_keys
 from merging.sources import ModelRef
 
 MIXTURE_KEYS = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "shared_experts", "architecture")

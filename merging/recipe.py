@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from merging.errors import RecipeError
+from merging.errors import RecipeError, did_you_mean, quoted
 from merging.node import Node, read
 from merging.resolution import Resolution, check_names
-from merging.setting import Setting, did_you_mean, quoted, refuse_unknown_keys, settings
+from merging.setting import Setting, refuse_unknown_keys, settings
 from merging.sources import ModelRef, Source, StatsRef
 
 if TYPE_CHECKING:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from merging.errors import CuveeError
-from merging.setting import did_you_mean, quoted
+from merging.errors import CuveeError, did_you_mean, quoted
 
 Entry = TypeVar("Entry")
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merging.errors import RecipeError
-from merging.setting import Setting, did_you_mean, quoted
+from merging.errors import RecipeError, did_you_mean, quoted
+from merging.setting import Setting
 from merging.sources import Source
 
 if TYPE_CHECKING:

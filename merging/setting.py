@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from merging.errors import RecipeError
+from merging.errors import RecipeError, did_you_mean, quoted
 from merging.node import Node
 
 if TYPE_CHECKING:
@@ -132,17 +131,6 @@ def settings(node: Node) -> dict[str, Setting]:
             f"'parameters' must be a mapping, not {node}", where=node.where, mend="write 'parameters: {weight: 1.0}'"
         )
     return {name: Setting.of(name, item) for name, item in node.value.items()}
-
-
-def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The mend of a misspelt name: "did you mean 'density'?", or `otherwise` where nothing is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean '{near[0]}'?" if near else otherwise
-
-
-def quoted(names: Iterable[str]) -> str:
-    """'a', 'b', 'c'"""
-    return ", ".join(f"'{name}'" for name in names)
 
 
 def refuse_unknown_keys(node: Node, known: Iterable[str], of: str) -> None:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merging.errors import CuveeError
-from merging.setting import did_you_mean, quoted
+from merging.errors import CuveeError, did_you_mean, quoted
 
 Row = dict[str, Any]
 

@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from search.engines import OneProposal
+from search.one_proposal import OneProposal
 from search.space import Space
 
 if TYPE_CHECKING:

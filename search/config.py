@@ -27,18 +27,18 @@ from pathlib import Path
 from typing import Any
 
 from merging import node
-from merging.errors import CuveeError, MergeError
+from merging.errors import CuveeError, MergeError, did_you_mean, quoted
 from merging.fields import choice, given, located, mapping, number, number_of, text, text_of, texts, told_as
 from merging.methods import registry
 from merging.methods.registry import Method, Parameter
 from merging.node import Node
 from merging.recipe import DTYPES, read_file
-from merging.setting import Setting, did_you_mean, quoted, refuse_unknown_keys
+from merging.setting import Setting, refuse_unknown_keys
 from merging.sources import ModelRef, Source
 from search import engines, objective
 from search.choose import OBSERVED, POSTERIOR
 from search.cocktail import TEMPERATURE
-from search.design import COCKTAIL, DEFAULT, SOBOL, UNIFORM, Start
+from search.design import COCKTAIL, DEFAULT, RANDOM, SOBOL, UNIFORM, Start
 from search.objective import MAX_OBJECTIVES, Goal, Objective
 from search.space import PER, Vary
 
@@ -387,12 +387,11 @@ def _start(root: Node, near: Path) -> tuple[Start, ...]:
     found = []
     for entry in item.value if isinstance(item.value, list) else [item]:
         if not isinstance(entry.value, dict):
-            kind = choice(Node({"start": entry}, entry.where), "start", (UNIFORM, SOBOL, COCKTAIL), UNIFORM)
+            kind = choice(Node({"start": entry}, entry.where), "start", (UNIFORM, SOBOL, RANDOM, COCKTAIL), UNIFORM)
             found.append(Start(kind, where=entry.where))
-        elif SOBOL in entry.value:
-            refuse_unknown_keys(entry, (SOBOL,), "a start")
-            count = number(entry, SOBOL, None, low=1, whole=True)
-            found.append(Start(SOBOL, count, where=entry.where))
+        elif kind := next((kind for kind in (SOBOL, RANDOM) if kind in entry.value), None):
+            refuse_unknown_keys(entry, (kind,), "a start")
+            found.append(Start(kind, number(entry, kind, None, low=1, whole=True), where=entry.where))
         elif COCKTAIL in entry.value:
             refuse_unknown_keys(entry, (COCKTAIL,), "a start")
             said = mapping(entry, COCKTAIL, "{temperature: 5}") or Node({}, entry.where)

@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merging.errors import CuveeError
+import numpy as np
+
+from merging.errors import CuveeError, did_you_mean
 from merging.methods import registry
-from merging.setting import did_you_mean
 from search.cocktail import TEMPERATURE, alone
 from search.space import Dimension, Space
 
-UNIFORM, SOBOL, COCKTAIL = "uniform", "sobol", "cocktail"
-#: Points in all, where `sobol` says no number: what is missing to it is filled.
+UNIFORM, SOBOL, RANDOM, COCKTAIL = "uniform", "sobol", "random", "cocktail"
+#: Points in all, where `sobol` or `random` says no number: what is missing to it is filled.
 POINTS = 8
 #: Of a previous study, the best.
 FROM_STUDY = 5
@@ -33,8 +34,8 @@ class Start:
     """One entry of `start:`.
 
     Attributes:
-        kind: "uniform", "sobol", "cocktail", "point" or "study".
-        count: of Sobol's points; None: what is missing to `POINTS`, at least 2.
+        kind: "uniform", "sobol", "random", "cocktail", "point" or "study".
+        count: of Sobol's points or random ones; None: what is missing to `POINTS`, at least 2.
         values: of a point: by parameter a value, a list of one for each model, or either by group.
         study: the folder of a previous search.
         temperature: of the cocktail.
@@ -63,8 +64,9 @@ def design(space: Space, starts: Sequence[Start], seed: int) -> list[dict[str, A
     for start in starts:
         if start.kind == UNIFORM:
             new = uniform(space)
-        elif start.kind == SOBOL:
-            new = sobol(space, max(2, POINTS - len(points)) if start.count is None else start.count, seed)
+        elif start.kind in (SOBOL, RANDOM):
+            count = max(2, POINTS - len(points)) if start.count is None else start.count
+            new = sobol(space, count, seed) if start.kind == SOBOL else at_random(space, count, seed)
         elif start.kind == COCKTAIL:
             new = [*alone(space, start.where), {COCKTAIL: start.temperature}]
         elif start.kind == "study":
@@ -105,6 +107,12 @@ def sobol(space: Space, count: int, seed: int, skip: int = 0) -> list[dict[str, 
         if skip:
             sequence.fast_forward(skip)
         return [space.point(row) for row in sequence.random(count).tolist()]
+
+
+def at_random(space: Space, count: int, seed: int) -> list[dict[str, Any]]:
+    """Independent uniform draws, as most papers begin."""
+    rows = np.random.default_rng(seed).random((count, len(space.dimensions)))
+    return [space.point(row) for row in rows.tolist()]
 
 
 def given_point(space: Space, start: Start) -> dict[str, Any]:

@@ -8,7 +8,6 @@ proposal, seeded by the study's seed and the number of proposals before.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -166,60 +165,6 @@ class SeededSampler(BaseSampler):
         """Nothing: no sampler lives that long."""
 
 
-class OneProposal(BaseSampler):
-    """A sampler that is made for one proposal, of all that varies: what `SeededSampler` asks."""
-
-    def __init__(self, space: Space, seed: int) -> None:
-        self.space, self.seed = space, seed
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self.space.distributions()
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        raise AssertionError("never asked")
-
-
-class SkoptSampler(OneProposal):
-    """scikit-optimize by its ask and tell: a Gaussian process, Matérn 5/2, expected improvement with ξ = 0.01.
-
-    One proposal; floors, failed trials and those at work are not known to it.
-    """
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of scikit-learn about scikit-optimize's age, and of fits that end early
-            from skopt import Optimizer
-            from skopt.space import Categorical, Integer, Real
-
-            dimensions: list[Any] = []
-            varied = [d for d in self.space.dimensions if d.name in search_space]
-            for d in varied:
-                prior = "log-uniform" if d.log else "uniform"
-                if d.choices:
-                    dimensions.append(Categorical(list(d.choices)))
-                elif d.whole:
-                    dimensions.append(Integer(int(d.low or 0), int(d.high or 0), prior=prior))
-                else:
-                    dimensions.append(Real(d.low, d.high, prior=prior))
-            optimizer = Optimizer(
-                dimensions,
-                base_estimator="GP",
-                n_initial_points=1,
-                acq_func="EI",
-                acq_func_kwargs={"xi": 0.01},
-                acq_optimizer="auto",  # by gradients, but of choices alone
-                random_state=self.seed,
-            )
-            done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            rows = [[other.params[d.name] for d in varied] for other in done]
-            optimizer.tell(rows, [-float(other.value or 0.0) for other in done])
-            return dict(zip((d.name for d in varied), map(_plain, optimizer.ask()), strict=True))
-
-
 def _proposed(trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
     """What Optuna's samplers told other processes of a proposal: a trial that was killed right then has it from there."""
     parts = [value for name, value in sorted(trial.system_attrs.items()) if ":relative_params:" in name]
@@ -259,11 +204,6 @@ def _cocktail(study: Study, space: Space, temperature: float) -> dict[str, Any]:
     return mixed(space, [loss_of(point, scored) for point in alone(space)], temperature)
 
 
-def _plain(value: Any) -> Any:
-    """A Python value of one of numpy's."""
-    return value.item() if isinstance(value, np.generic) else value
-
-
 @engine("gp", "Gaussian process, Matérn 5/2, log expected improvement (Optuna)")
 def _gp(space: Space, seed: int) -> BaseSampler:
     return GPSampler(seed=seed, n_startup_trials=1, warn_independent_sampling=False)
@@ -295,6 +235,8 @@ def _cma(space: Space, seed: int) -> BaseSampler:
     floors=False,
 )
 def _skopt(space: Space, seed: int) -> BaseSampler:
+    from search.skopt_sampler import SkoptSampler
+
     return SkoptSampler(space, seed)
 
 

@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from merging import layers
-from merging.errors import CuveeError
+from merging.errors import CuveeError, quoted
 from merging.methods import registry
 from merging.methods.registry import REQUIRED, Method, Parameter
 from merging.ownership import module_kind
-from merging.setting import quoted
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

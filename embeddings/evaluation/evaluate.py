@@ -30,11 +30,10 @@ from embeddings.evaluation.score_table import markdown
 from embeddings.evaluation.scoring import MTEB_SEED, score
 from embeddings.evaluation.tasks import Target
 from merging import lineage
-from merging.errors import CuveeError
+from merging.errors import CuveeError, did_you_mean
 from merging.loading import wait_passively
 from merging.output import alone, just_begun, refuse_existing, write_whole
 from merging.progress import Work
-from merging.setting import did_you_mean
 from merging.sources import ModelRef
 
 if TYPE_CHECKING:

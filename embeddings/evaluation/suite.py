@@ -43,10 +43,10 @@ import xxhash
 from embeddings.evaluation.errors import SuiteError
 from embeddings.evaluation.retrieval_data import RetrievalData, from_lists, from_pairs, from_tables
 from merging import lineage, node
-from merging.errors import RecipeError
+from merging.errors import RecipeError, did_you_mean, quoted
 from merging.node import Node
 from merging.recipe import read_file
-from merging.setting import did_you_mean, quoted, refuse_unknown_keys
+from merging.setting import refuse_unknown_keys
 from merging.tables import Column, Row, read_table
 
 SHIPPED = Path(__file__).parent.parent / "data" / "suite"

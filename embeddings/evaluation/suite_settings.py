@@ -7,10 +7,9 @@ from pathlib import Path
 
 from embeddings.evaluation import suite
 from embeddings.evaluation.suite import SuiteTask
-from merging.errors import CuveeError
+from merging.errors import CuveeError, did_you_mean, quoted
 from merging.fields import located, looked_for, text, texts
 from merging.node import Node
-from merging.setting import did_you_mean, quoted
 
 
 def suite_folder(node: Node, near: Path) -> str | None:

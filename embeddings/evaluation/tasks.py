@@ -16,8 +16,7 @@ from typing import Any
 
 from embeddings.evaluation import suite
 from embeddings.evaluation.limited import LimitedTask
-from merging.errors import CuveeError
-from merging.setting import quoted
+from merging.errors import CuveeError, quoted
 
 SHIPPED = "shipped"
 """The name of the suite that comes with the package."""

@@ -45,7 +45,7 @@ from embeddings.training.model_settings import LoraSettings, ModelSettings, mode
 from embeddings.training.search_settings import SearchSettings, weights
 from embeddings.training.settings import EvaluationSettings, MergeSettings, TrainingConfig
 from merging import node
-from merging.errors import CuveeError
+from merging.errors import CuveeError, did_you_mean
 from merging.fields import (
     choice,
     given,
@@ -59,7 +59,7 @@ from merging.fields import (
 )
 from merging.node import Node
 from merging.recipe import read_file
-from merging.setting import did_you_mean, refuse_unknown_keys
+from merging.setting import refuse_unknown_keys
 
 __all__ = [
     "COMPLEMENT",

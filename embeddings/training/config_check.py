@@ -10,8 +10,7 @@ from embeddings.training import losses, schedule
 from embeddings.training.data_settings import GRADED, DataSettings, LossSettings
 from embeddings.training.settings import MergeSettings, TrainingConfig
 from merging import handover, methods
-from merging.errors import CuveeError, MergeError
-from merging.setting import did_you_mean, quoted
+from merging.errors import CuveeError, MergeError, did_you_mean, quoted
 
 
 def refuse_unknown_names(config: TrainingConfig) -> None:

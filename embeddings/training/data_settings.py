@@ -32,7 +32,7 @@ from typing import Any
 from embeddings.evaluation import suite
 from embeddings.evaluation.suite_settings import suite_folder
 from embeddings.training.mining_settings import MiningSettings, mining_settings
-from merging.errors import CuveeError
+from merging.errors import CuveeError, did_you_mean, quoted
 from merging.fields import (
     choice,
     flag,
@@ -48,7 +48,7 @@ from merging.fields import (
     texts,
 )
 from merging.node import Node
-from merging.setting import did_you_mean, quoted, refuse_unknown_keys
+from merging.setting import refuse_unknown_keys
 from merging.tables import FORMATS
 
 SIDES = ("query", "document")

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from merging.errors import CuveeError
+from merging.errors import CuveeError, did_you_mean, quoted
 from merging.methods.registry import REQUIRED, Parameter, declared_parameters
 from merging.node import Node
 from merging.registries import find, load_installed
-from merging.setting import Setting, did_you_mean, quoted
+from merging.setting import Setting
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,7 @@ from embeddings.evaluation import suite
 from embeddings.training import hub_data
 from embeddings.training.data_settings import DataSettings
 from merging.columns import ALIASES, keys_of
-from merging.errors import CuveeError
-from merging.setting import did_you_mean, quoted
+from merging.errors import CuveeError, did_you_mean, quoted
 from merging.tables import as_number, raw_rows
 
 _Raw = Mapping[str, Any]

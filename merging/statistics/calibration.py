@@ -15,8 +15,8 @@ import numpy as np
 import xxhash
 
 from merging.columns import ALIASES, keys_of
+from merging.errors import did_you_mean, quoted
 from merging.lineage import file_digest
-from merging.setting import did_you_mean, quoted
 from merging.statistics.folder import StatsError
 from merging.tables import FORMATS, is_known, raw_rows
 

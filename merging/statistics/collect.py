@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merging import lineage
+from merging.errors import did_you_mean, quoted
 from merging.output import refuse_existing, refuse_full_disk
-from merging.setting import did_you_mean, quoted
 from merging.sources import ModelRef
 from merging.statistics.calibration import Calibration, draw
 from merging.statistics.fisher_job import fisher_job, has_answers

@@ -19,8 +19,8 @@ import numpy as np
 
 from merging import lineage
 from merging.columns import ALIASES
+from merging.errors import did_you_mean, quoted
 from merging.output import refuse_existing, staged
-from merging.setting import did_you_mean, quoted
 from merging.sources import ModelRef
 from merging.statistics.folder import COMMAND, StatsError
 from merging.tables import as_number, raw_rows

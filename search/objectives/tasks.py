@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merging.errors import CuveeError
+from merging.errors import CuveeError, did_you_mean, quoted
 from merging.fields import choice, given, located, looked_for, mapping, number, text, text_of, texts
 from merging.lineage import file_digest
 from merging.node import Node
-from merging.setting import did_you_mean, quoted, refuse_unknown_keys
+from merging.setting import refuse_unknown_keys
 from merging.statistics.calibration import COLUMNS, is_text
 from merging.statistics.network import DTYPES
 from merging.tables import KNOWN

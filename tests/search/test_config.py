@@ -32,6 +32,7 @@ start:
   - uniform
   - {weight: [0.1, 0.2], density: 0.5}
   - sobol: 4
+  - random: 3
 until: {seconds: 60, no_gain: 15}
 recommend: posterior
 seed: 3
@@ -61,8 +62,9 @@ def test_everything_that_can_be_said(folder: Path) -> None:
     assert config.vary["normalize"].choices == (True, False)
     assert config.vary["lambda"].value == 0.5
     assert config.goal == Goal("weighted", {"a": 2, "b": 1}, {"a": 0.5})
-    assert [start.kind for start in config.start] == ["uniform", "point", "sobol"]
+    assert [start.kind for start in config.start] == ["uniform", "point", "sobol", "random"]
     assert config.start[2] == Start("sobol", 4, where=config.start[2].where)
+    assert config.start[3] == Start("random", 3, where=config.start[3].where)
     assert config.until == Until(60, 15)
     assert (config.engine, config.trials, config.recommend, config.seed) == ("tpe", 40, "posterior", 3)
 
@@ -123,8 +125,8 @@ def _without(key: str) -> str:
         ("{weighted: {a: 2, b: 1}}", "weighted", "search.yml:11: 'weighted' needs weights"),
         ("trials: 40", "trials: 0", "search.yml:13: 'trials' is 0; it must be at least 1"),
         ("  - uniform", "  - unifrom", "search.yml:15: 'unifrom' is no choice for 'start'; did you mean 'uniform'?"),
-        ("no_gain: 15", "no_gains: 15", "search.yml:18: 'no_gains' is no key of 'until'; did you mean 'no_gain'?"),
-        ("storage: sqlite", "storage: sqlit", "search.yml:21: 'sqlit' is no storage"),
+        ("no_gain: 15", "no_gains: 15", "search.yml:19: 'no_gains' is no key of 'until'; did you mean 'no_gain'?"),
+        ("storage: sqlite", "storage: sqlit", "search.yml:22: 'sqlit' is no storage"),
         (
             "  - one",
             "  - {model: one, parameters: {weight: 1}}",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from merging.errors import CuveeError
@@ -19,6 +20,20 @@ def test_uniform_weights_first_then_sobol() -> None:
     assert [set(point.values()) for point in points[:2]] == [{0.25}, {0.5}]
     assert points == design(SPACE, DEFAULT, seed=0) != design(SPACE, DEFAULT, seed=1)
     assert all(0 <= value <= 1 for point in points for value in point.values())
+
+
+def test_random_starts_are_independent_uniform_draws_of_the_seed() -> None:
+    space = make_space(registry.get("task_arithmetic"), 4, {"weight": Vary(low=0.1, high=0.9, per="model")})
+    points = design(space, (Start("random", 2000),), 3)
+    values = np.array([list(point.values()) for point in points])
+    assert points == design(space, (Start("random", 2000),), 3) and points[:9] != design(
+        space, (Start("random", 9),), 4
+    )
+    assert values.min() >= 0.1 and values.max() <= 0.9
+    assert values.mean(0) == pytest.approx([0.5] * 4, abs=0.02)
+    assert values.var(0) == pytest.approx([0.8**2 / 12] * 4, rel=0.08)
+    assert np.abs(np.corrcoef(values.T) - np.eye(4)).max() < 0.08
+    assert len(design(space, (Start("uniform"), Start("random")), 0)) == POINTS
 
 
 def test_one_uniform_point_where_weights_are_divided_by_their_sum() -> None:
