@@ -337,7 +337,8 @@ def _over_trials(axis: Axes, what: str) -> None:
 
 def _legend(axis: Axes) -> None:
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    # above, where it hides no mark
+    axis.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
 
 
 def _fill(axes: Iterator[Axes], panels: Sequence[Draw]) -> None:
