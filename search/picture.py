@@ -332,13 +332,16 @@ def _over_trials(axis: Axes, what: str) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("trial")
     axis.set_ylabel(what)
-    _legend(axis)
+    axis.grid(alpha=0.3)
+    labels = axis.get_legend_handles_labels()[1]
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.08 * -(-len(labels) // 2) * (high - low))  # room for a legend that hides no mark
+    axis.legend(fontsize="x-small", loc="upper left", ncols=2, frameon=False)
 
 
 def _legend(axis: Axes) -> None:
     axis.grid(alpha=0.3)
-    # above, where it hides no mark
-    axis.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    axis.legend(fontsize="small")
 
 
 def _fill(axes: Iterator[Axes], panels: Sequence[Draw]) -> None:

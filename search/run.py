@@ -281,7 +281,9 @@ def _write_tables(run: Path, study: Study, trials: Sequence[Trial]) -> None:
     values = [f"score.{task}" for task in goal.front] or ["score"]
     count = len(values)
     points = [d.name for d in space.dimensions]
-    writer.writerow(["number", "state", *values, "feasible", *points, *tasks, "seconds", "error"])
+    own = ["number", "state", *values, "feasible", *points, "seconds", "error"]
+    named = [f"task {task}" if task in own else task for task in tasks]
+    writer.writerow([*own[:-2], *named, *own[-2:]])
     for trial, row in zip(trials, rows, strict=True):
         writer.writerow(
             [

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from merging.checkpoint import Checkpoint
+from merging.errors import CuveeError
 from merging.sources import ModelRef
 from merging.statistics.network import Network, head_of, open_network
 from search.objective import Candidate, Scores
@@ -55,10 +56,14 @@ class OverChoices(ABC):
         from transformers import PretrainedConfig
 
         with Checkpoint.open(model) as checkpoint:
-            head = self._head()
-            head = head_of(checkpoint) if head == "auto" else head
+            own, head = head_of(checkpoint), self._head()
+            head = own if head == "auto" else head
             config = PretrainedConfig.from_dict(dict(checkpoint.config))
-        head = self.opening.head if self.opening.head in (CORAL, CORN) else head
+        if self.opening.head in (CORAL, CORN):
+            head = self.opening.head
+            if own not in ("classification", "regression"):
+                what = f"'head: {head}' is of a sequence classifier, and {model} has the head '{own}'"
+                raise CuveeError(what, where=self.opening.where, mend="leave it out")
         for task in self._tasks:
             question = read_question(task, head, config, with_answers=self._with_answers)
             self.read(task, question.names, question.counts)

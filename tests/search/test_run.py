@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import time
 from pathlib import Path
@@ -48,6 +49,9 @@ def drops(folder):
     sqlite3.connect(Path(folder).parents[1] / "study.db").execute("alter table trials rename to gone")
     return 1.0
 
+
+def named_as_columns(folder):
+    return {"score": 1.0, "weight.0": 3.0}
 
 def leaves(folder):
     raise SystemExit("usage: score.py FOLDER")
@@ -106,6 +110,16 @@ def test_a_search_finds_what_the_wanted_model_was_made_of(place: Path) -> None:
     assert "weight of a" in drawn and "weight of b" in drawn and "equal weights: " in drawn
     engine.merge_file(out / "best.yml", place / "again")
     assert read_model(place / "again") == read_model(out / "model"), "best.yml is ready for cuvee merge"
+
+
+def test_no_two_columns_of_the_table_have_one_name(place: Path) -> None:
+    file = write(place, objective={"function": "score:named_as_columns"}, engine="random", trials=1)
+    search_run.search_run(search_config.load(file), place / "out")
+    with open(place / "out/trials.csv", newline="") as stream:
+        header, row = csv.reader(stream)
+    assert len(set(header)) == len(header) == len(row)
+    found = dict(zip(header, row, strict=True))
+    assert (found["score"], found["task score"], found["task weight.0"]) == ("2.0", "1.0", "3.0")
 
 
 def test_the_best_recipe_says_the_seed_that_its_model_was_drawn_by(place: Path) -> None:

@@ -395,6 +395,13 @@ def test_a_line_break_that_yaml_did_not_read_is_told(texts: Path, tmp_path: Path
         assert all(n.startswith("search.yml:3") and r"the template has \n as two characters" in n for n in notes)
 
 
+def test_an_ordinal_head_of_a_language_model_is_told(texts: Path, tmp_path: Path) -> None:
+    said = {"data": str(texts), "head": "coral", "scores": ["w1", "w2"]}
+    made = objective.get("entropy").make(Node.of({"entropy": said}, "search.yml:3"), Path())
+    with pytest.raises(CuveeError, match=r"search.yml:3.*'head: coral' is of a sequence classifier, and .* 'lm'"):
+        made.check(ModelRef.parse(str(model("llama", tmp_path))))
+
+
 def test_a_label_that_is_no_choice_is_told(tmp_path: Path) -> None:
     folder = classifier(tmp_path / "model", 3)
     file = table(tmp_path / "t.jsonl", [{"text": "w1", "label": "7"}])
