@@ -17,9 +17,9 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,8 @@ def search_run(
     run = Path(run).absolute()
     space = space_of(config)
     optimiser = engines.refuse_unfit(config.engine, len(config.goal.front), config.at("engine"))
-    settings = _settings(config, space, workers)
     check_claim(run)
+    settings = _settings(config, space, workers, {} if force else _past(run))
     if device != "cpu":
         kernels.load("auto", device)  # else each trial would fail at it
     check(config, space, run / MODEL, note)
@@ -102,9 +102,9 @@ def search_run(
             forget(run, config.storage)
             _clear(run)
         storage = config.storage if "://" not in config.storage else "database"
-        begun = {**summary, "state": "begun", "storage": storage}
-        if (run / lineage.FILE).is_file():
-            if lineage.read(run).get("storage", storage) != storage:
+        begun = {**summary, "state": "begun", **_kept(config, settings, storage)}
+        if past := _past(run):
+            if past.get("storage", storage) != storage:
                 mend = "choose another folder, or add --force to begin anew"
                 raise CuveeError("holds a study in another storage", where=str(run), mend=mend)
         else:
@@ -125,7 +125,7 @@ def search_run(
         _draw(config, study, run, found)
         summary["seconds"] = _since(began)
         result = {**summary, **_result(space, trials, found, study), "model": str(run / MODEL), "workers": workers}
-        content = {**result, "state": "done", "storage": storage, "config": config.told(), "study": settings.plain()}
+        content = {**result, "state": "done", "config": config.told(), **_kept(config, settings, storage)}
         content["versions"] = lineage.versions("optuna", "scikit-optimize", "cmaes", "greenlet", "torch", "numpy")
         write_whole(run / lineage.FILE, lineage.text(content))
         return result
@@ -157,7 +157,28 @@ def _refuse_lost(study: Study, storage: str) -> None:
         raise CuveeError("holds trials of a study that is not in its storage", where=str(study.folder), mend=mend)
 
 
-def _settings(config: SearchConfig, space: Space, workers: int) -> Settings:
+def _past(run: Path) -> dict[str, Any]:
+    """The lineage of a run that has begun; empty where none has."""
+    return lineage.read(run) if (run / lineage.FILE).is_file() else {}
+
+
+def _kept(config: SearchConfig, settings: Settings, storage: str) -> dict[str, Any]:
+    """What the next run of the same command looks up."""
+    return {"storage": storage, "start": _said(config), "study": settings.plain()}
+
+
+def _said(config: SearchConfig) -> Any:
+    return json.loads(json.dumps([{**asdict(start), "where": ""} for start in config.start]))
+
+
+def _first_points(config: SearchConfig, space: Space, past: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those that the run began with: a study that they were taken from may have gone on since, or be gone."""
+    if past.get("start") == _said(config) and any(start.study for start in config.start):
+        return list(past["study"]["start"])
+    return design(space, config.start, config.seed)
+
+
+def _settings(config: SearchConfig, space: Space, workers: int, past: Mapping[str, Any]) -> Settings:
     identity = {
         "models": [source.plain() for source in config.models],
         "base_model": None if config.base_model is None else config.base_model.plain(),
@@ -171,7 +192,7 @@ def _settings(config: SearchConfig, space: Space, workers: int) -> Settings:
         space=space,
         engine=config.engine,
         seed=config.seed,
-        design=rival.begin(config, space) if rival else design(space, config.start, config.seed),
+        design=rival.begin(config, space) if rival else _first_points(config, space, past),
         trials=(config.trials or rival.trials) if rival else config.trials_for(len(space.dimensions)),
         goal=config.goal,
         identity=identity,

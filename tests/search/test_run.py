@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from merging import engine
+from merging.errors import CuveeError
 from merging.methods import registry
 from merging.node import Node
 from merging.sources import ModelRef
@@ -110,6 +112,23 @@ def test_a_search_finds_what_the_wanted_model_was_made_of(place: Path) -> None:
     assert "weight of a" in drawn and "weight of b" in drawn and "equal weights: " in drawn
     engine.merge_file(out / "best.yml", place / "again")
     assert read_model(place / "again") == read_model(out / "model"), "best.yml is ready for cuvee merge"
+
+
+def test_a_start_from_another_study_stays_when_that_goes_on_or_is_gone(place: Path) -> None:
+    coarse = search_config.load(write(place, engine="random", trials=3))
+    search_run.search_run(coarse, place / "coarse")
+    fine = search_config.load(write(place, engine="random", start=[{"study": "coarse"}, {"sobol": 2}], trials=2))
+    search_run.search_run(fine, place / "fine")
+    begun = points(place / "fine")
+    search_run.search_run(search_config.until(["trials=9"], coarse), place / "coarse")
+    search_run.search_run(search_config.until(["trials=4"], fine), place / "fine")
+    shutil.rmtree(place / "coarse")
+    search_run.search_run(search_config.until(["trials=6"], fine), place / "fine")
+    found = points(place / "fine")
+    assert found[:2] == begun and len(found) == 6
+    anew = place / "anew"
+    with pytest.raises(CuveeError, match="holds no study"):
+        search_run.search_run(fine, anew)
 
 
 def test_no_two_columns_of_the_table_have_one_name(place: Path) -> None:
