@@ -242,7 +242,7 @@ def _bytes_of_hub(value: Any, data: DataSettings, where: str) -> bytes:
 
     roots = (str(data.hub), config.HF_DATASETS_CACHE, HF_HUB_CACHE)
     if not any(Path(path).resolve().is_relative_to(Path(root).resolve()) for root in roots):
-        raise CuveeError(f"the image '{path:.80}' is not in the folder of its data set", where=where)
+        raise CuveeError(f"the image '{path}' is not in the folder of its data set", where=where)
     return Path(path).read_bytes()
 
 

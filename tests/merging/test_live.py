@@ -415,7 +415,8 @@ def assert_gradient_of_a_linear_loss(live: LiveMerge, module: Any) -> None:
     for group in live.groups:
         for model in range(live.models):
             one = [float(model == i) for i in range(live.models)]
-            live.set({"weight": {g: one if g == group else 0.0 for g in live.groups}})
+            recipe = live.recipe({"weight": {g: one if g == group else 0.0 for g in live.groups}})
+            live.apply(Recipe.parse(f"{recipe}out_dtype: float32\n"))
             slope = sum(values[model] for name, values in found.items() if layers.group(name) == group)
             assert slope == pytest.approx(loss() - start, rel=1e-4, abs=2e-7 * size)
     live.reset()

@@ -37,9 +37,9 @@ def weights(module: Any) -> dict[str, Any]:
 def assert_merged(
     live: LiveDF, module: Any, coefficients: Mapping[str, Any], load: Any, out: Path, tolerance: float = 4e-7
 ) -> None:
-    """After `set`; by default to a few roundings of float32."""
-    live.set(coefficients)
+    """In float32, whatever the checkpoints' dtype; by default to a few roundings."""
     recipe = Recipe.parse(f"{live.recipe(coefficients)}out_dtype: float32\n")
+    live.apply(recipe)
     merging.merge(recipe, out, force=True, seed=SEED)
     written = dict(load(out).named_parameters())
     for name, own in module.named_parameters():
@@ -189,7 +189,8 @@ def test_a_language_model_that_chooses_between_answers_equals_the_loop_of_the_pa
                     value += p * gradient**2 / len(rows)
         fishers.append({name: value + 1e-12 for name, value in found.items()})
     module = load(family.base, dtype=torch.float32)
-    LiveDF(module, family.base, family.specialists[:2], stats=stats).set({"weight": weight})
+    live = LiveDF(module, family.base, family.specialists[:2], stats=stats)
+    live.apply(Recipe.parse(f"{live.recipe({'weight': weight})}out_dtype: float32\n"))
     for name, value in module.named_parameters():
         above = sum(f[name] * w * v[name] for f, w, v in zip(fishers, weight, vectors, strict=True))
         expected = start[name] + 2 * above / sum(f[name] for f in fishers)

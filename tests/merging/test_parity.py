@@ -230,8 +230,9 @@ def test_arcee_fusion_agrees_with_mergekit_in_float64(weights: Weights, tmp_path
     base, model = ({name: state[name] for name in names} for state in (weights.base, weights.models[0]))
     theirs = mergekit_merge(base, [model], "arcee_fusion", dtype=torch.float64)
     mine = ours(weights, tmp_path / "out", "arcee_fusion", {}, 1)
-    apart = sum(int((mine[name] != theirs[name]).sum()) for name in names)
-    assert apart < 1e-4 * sum(tensor.numel() for tensor in base.values())
+    limits = {name: EPS * base[name].abs().max() for name in names}
+    chosen_otherwise = sum(int((mine[name] - theirs[name]).abs().gt(limits[name]).sum()) for name in names)
+    assert chosen_otherwise < 2e-5 * sum(tensor.numel() for tensor in base.values())
     for name, tensor in mine.items():
         model = weights.models[0][name]
         assert ((tensor == weights.base[name]) | (tensor - model).abs().le(EPS * model.abs().max())).all()

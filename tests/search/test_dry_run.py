@@ -50,7 +50,10 @@ def dry(place: Path, objective: Any, **said: Any) -> str:
         ({"pim": {"data": "bare.jsonl", "prior": [1, 2]}}, "search.yml:8: 2 shares for 3 choices"),
         ({"pim": {"data": "bare.jsonl", "prior": {"x": 1}}}, "search.yml:8: 'x' is no choice"),
         ({"pim": {"data": "bare.jsonl", "prior": "base"}}, "base: holds no cuvee.json, so it is no score prior"),
-        ({"loss": "bare.jsonl"}, "bare.jsonl: row 1 has no label; add a column 'label'"),
+        (
+            {"loss": "bare.jsonl"},
+            "bare.jsonl: row 1 has no label that is a word or a whole number; add a column 'label'",
+        ),
         ({"loss": {"data": "good.jsonl", "columns": {"label": "grade"}}}, "good.jsonl:1: has no 'grade'"),
         ({"score": {"data": "high.jsonl"}}, "high.jsonl: the label '3' is no choice; the choices are"),
         ({"score": {"data": "good.jsonl", "scores": [1, 2]}}, "search.yml:6: 2 scores, and the model has 3 choices"),
