@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from merging import engine, kernels, lineage
+from merging.build import since
 from merging.errors import CuveeError
 from merging.inspection import short_names
 from merging.output import alone, just_begun, write_whole
@@ -96,7 +97,7 @@ def search_run(
     }
     if dry_run:
         starts = len(settings.design)
-        return {**summary, "dry_run": True, "trials": settings.trials, "start": starts, "seconds": _since(began)}
+        return {**summary, "dry_run": True, "trials": settings.trials, "start": starts, "seconds": since(began)}
     with alone(run):
         if force:
             forget(run, config.storage)
@@ -123,7 +124,7 @@ def search_run(
             note("no trial keeps the floors; the nearest to keeping them is taken")
         _write_model(config, space, found, run, device)
         _draw(config, study, run, found)
-        summary["seconds"] = _since(began)
+        summary["seconds"] = since(began)
         result = {**summary, **_result(space, trials, found, study), "model": str(run / MODEL), "workers": workers}
         content = {**result, "state": "done", "config": config.told(), **_kept(config, settings, storage)}
         content["versions"] = lineage.versions("optuna", "scikit-optimize", "cmaes", "greenlet", "torch", "numpy")
@@ -335,7 +336,3 @@ def _clear(run: Path) -> None:
         shutil.rmtree(run / name, ignore_errors=True)
     for name in _MADE:
         (run / name).unlink(missing_ok=True)
-
-
-def _since(began: float) -> float:
-    return round(time.perf_counter() - began, 3)
